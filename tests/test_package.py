@@ -1,0 +1,44 @@
+"""What a user installs: a wheel with every module, quick and silent to import, that needs no notebook tools."""
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+modules = sorted(p.stem for p in (root/"hcd_nb").glob("*.py") if p.stem != "__init__")
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_import_is_silent_and_light():
+    done = python("import sys, hcd_nb; print('torch' in sys.modules, hcd_nb.__version__)")
+    assert done.returncode == 0 and done.stderr == ""
+    version = next(l.split("=")[1].strip() for l in (root/"settings.ini").read_text().splitlines() if l.startswith("version"))
+    assert done.stdout.split() == ["False", version]
+
+
+def test_help_needs_no_torch():
+    done = python("import sys; from hcd_nb.command import parser; parser().format_help(); print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("module", modules)
+def test_modules_need_neither_notebooks_nor_extras(module):
+    blocked = ("nbdev", "execnb", "IPython", "jupyterlab", "anny", "warp", "faiss", "pytest", "hypothesis", "timm")
+    done = python(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import hcd_nb.{module}")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_wheel_holds_every_module(tmp_path):
+    source = tmp_path/"source"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(root), str(source)], check=True)
+    done = subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {f"hcd_nb/{m}.py" for m in modules} <= set(names)
+    assert not [n for n in names if n.startswith(("nbs/", "tests/", "data/"))]

@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # two workers share two cores
 
 
 def pytest_addoption(parser):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-TINY = "--preset demo --set height=32 --set width=16 --set batch_size=32 --set label_start=4 --set evaluate_every=8 --set save_every=5".split()
+TINY = "--preset demo --set height=32 --set width=16 --set batch_size=32 --set k1=6 --set k2=2 --set label_start=4 --set evaluate_every=8 --set save_every=5".split()
 PIECES = ("encoder.safetensors", "label_bank.safetensors")
 
 

@@ -17,8 +17,8 @@ SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrai
 def parser() -> argparse.ArgumentParser:
     "The words that hcd_train understands."
     p = argparse.ArgumentParser("hcd_train", description="Adapt a person re-identification encoder to cameras it has never seen, without labels.")
-    p.add_argument("--preset", default="paper", help="paper (the default: 24,000 iterations of ResNet-50, made for a GPU) or demo (minutes on two CPU cores)")
-    p.add_argument("--method", help="hcd (default) or direct: train on the source alone and score it on the target")
+    p.add_argument("--preset", default="full", help="full (the default: 24,000 iterations of ResNet-50, made for a GPU), paper (the same with the paper's form of Algorithm 1) or demo (minutes on two CPU cores)")
+    p.add_argument("--method", help="hcd (default); direct: train on the source alone and score it on the target; oracle: give the target its true identities")
     p.add_argument("--source", help="labelled set: pedestrians/source, a folder, or a CSV; left out: the target alone (Algorithm 3)")
     p.add_argument("--target", help="unlabelled set: pedestrians/target, a folder of crops, or a CSV with the columns path, identity, camera, split")
     p.add_argument("--encoder", help="resnet50 (paper), resnet18, resnet34, mobilenet_v2, resnet10s (demo)")

@@ -60,8 +60,8 @@ class ClusterDynamics:
     sigma: float = .25          # merge threshold
     n_anchors: int = 8          # K, label anchors of a split, at most
     n_neighbours: int = 64      # rows of a neighbourhood, the image included
-    mutual_k: int = 30          # mutual top-k edges of split and merge
-    nn_mutual_k: int = 20       # mutual top-k edges of the neighbour search
+    mutual_k: int = 10          # mutual top-k edges of split and merge; 30 [A]
+    nn_mutual_k: int = 10       # mutual top-k edges of the neighbour search; 20 [A]
     cut: float = .45            # edges only above this similarity
     neighbour: str = 'propagated' # 'propagated' [A] or 'nearest', always accepted [S]
     node0: str = 'sample'       # node 0 of a merge: 'sample', the image, or 'centre', of its cluster
@@ -71,7 +71,7 @@ class ClusterDynamics:
     min_split_samples: int = 5  # clusters of fewer images are not split [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
     scale: object = 'auto'      # 'auto': calibrated; None: the cosine [A]; or (b, r)
-    confirm: float | None = .42 # average link that groups need to stay or come together; None: no check [A]
+    confirm: float | None = .75 # average link that groups need to stay or come together; None: no check [A]
     seed: int = 0               # of random anchors
 
 # %% ../nbs/16_dynamics.ipynb #45988a2b
@@ -80,7 +80,7 @@ def paper(cls: ClusterDynamics,
     **options, # any of the options, to change them
 ) -> ClusterDynamics:
     "The paper's form, as the authors' code has it"
-    return cls(**{**dict(min_split_units=3, split_cut=None, scale=None, confirm=None), **options})
+    return cls(**{**dict(mutual_k=30, nn_mutual_k=20, min_split_units=3, split_cut=None, scale=None, confirm=None), **options})
 
 @patch
 def check(self: ClusterDynamics):

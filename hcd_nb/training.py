@@ -44,8 +44,8 @@ from .sampler import PseudoClassSampler
 # %% ../nbs/21_training.ipynb #610620fe
 @dataclass
 class Config:
-    "Every setting of a run; the defaults are the paper's."
-    method:str = "hcd"           # hcd: Algorithm 2 or 3; direct: the source alone, the target is only evaluated
+    "Every setting of a run; the defaults are the paper's schedule."
+    method:str = "hcd"           # hcd: Algorithm 2 or 3; direct: the source alone; oracle: the target's true labels
     source:str = ""              # labelled source set, as data.read_domain takes it; empty: Algorithm 3
     target:str = ""              # unlabelled target set
     encoder:str = "resnet50"     # architecture, see encoder.build_encoder
@@ -71,6 +71,7 @@ class Config:
 @dataclass
 class RunConfig(Config):
     "The settings of a run, with those of the banks and of Algorithm 1."
+    normalise_cameras:bool = True # find labels on features without each camera's mean, where cameras are known
     momentum:float = .2          # m: row ← normalise(m·row + (1−m)·feature)
     temperature:float = .05      # τ of Eq. 1
     levels:int = 3               # H
@@ -88,12 +89,13 @@ class RunConfig(Config):
 
 # %% ../nbs/21_training.ipynb #6542a7cf
 PRESETS = {
-    "paper": {},
-    "demo": dict(encoder="resnet10s", weights="none", height=64, width=32, pretrain=1000, iterations=300, label_start=100,
-                 learning_rate=1e-3, jitter=.2, k1=8, k2=3, eps=.5, evaluate_every=100, save_every=50),
+    "full": {},
+    "paper": dict(dynamics="paper", normalise_cameras=False),
+    "demo": dict(encoder="resnet10s", weights="none", height=64, width=32, pretrain=2500, iterations=800, label_start=100, learning_rate=1e-3,
+                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, evaluate_every=200, save_every=100),
 }
 
-def make_config(preset="paper", # name in PRESETS
+def make_config(preset="full",  # name in PRESETS
                 **changes       # settings that differ from the preset; text is converted to the setting's type
                 ) -> RunConfig:
     "The settings of a preset with some changed; raises ValueError for a name or value that does not fit."
@@ -114,7 +116,7 @@ class Trainer:
                  target,              # ImageStore of the target's training images
                  source=None,         # ImageStore of the source's training images, or None
                  source_classes=None, # (N_s,) int64, 0..C_s−1
-                 target_cameras=None, # (N_t,) int64 for the sampler, or None
+                 target_cameras=None, # (N_t,) int64 for the sampler and for camera means, or None
                  source_cameras=None, # (N_s,) int64 for the sampler, or None
                  device="cpu",        # where the encoder and the banks live
                 ):
@@ -162,8 +164,16 @@ def bank_features(self, store, domain):
     return extract_features(self.encoder, store, batch_size=2*self.config.batch_size, device=self.device, domain=domain).to(self.device)
 
 @patch
+def label_features(self:Trainer, rows):
+    "What labels are found on: the target rows, without each camera's mean if the settings say so and cameras are known."
+    if self.target_cameras is None or not self.config.normalise_cameras: return rows
+    return normalise_cameras(rows, self.target_cameras)
+
+# %% ../nbs/21_training.ipynb #fb6e1bdc-1
+@patch
 def start_banks(self:Trainer,
-                with_target=True, # also fill the target rows, and the label bank by DBSCAN
+                with_target=True, # also fill the target rows, and the label bank
+                labels=None,      # (N_t,) int64 to begin with; None: DBSCAN finds them
                 ):
     "Initialise the feature bank with features extracted by the encoder, and the label bank by DBSCAN."
     config = self.config
@@ -174,11 +184,12 @@ def start_banks(self:Trainer,
     n_source = len(rows[0])
     if with_target:
         rows.append(bank_features(self, self.target, self.target_domain))
-        self.label_bank = LabelBank.from_features(rows[1], levels=config.levels, eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2)
+        found = dict(eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2)
+        self.label_bank = LabelBank.from_features(self.label_features(rows[1]), config.levels, **found) if labels is None else LabelBank.from_labels(labels.to(self.device), config.levels)
     rows = torch.nn.functional.normalize(torch.cat(rows), dim=1)
     self.feature_bank = FeatureBank(rows, n_source=n_source, momentum=config.momentum)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-1
+# %% ../nbs/21_training.ipynb #fb6e1bdc-2
 @patch
 def source_loss(self:Trainer, centres):
     "Draw a source batch; its loss, features and classes."
@@ -196,7 +207,7 @@ def target_loss(self:Trainer, centres, classes):
     loss = contrastive_loss(features, classes[batch.to(self.device)], centres, prototypes, self.config.temperature)
     return loss, features.detach(), batch.to(self.device)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-2
+# %% ../nbs/21_training.ipynb #fb6e1bdc-3
 @patch
 def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, merges …
     "One iteration of Algorithm 2 (with a source) or Algorithm 3 (without)."
@@ -218,7 +229,7 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
     self.iteration += 1
     return row
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-3
+# %% ../nbs/21_training.ipynb #fb6e1bdc-4
 @patch
 def descend(self:Trainer, loss):
     "One step of Adam at this iteration's rate."
@@ -232,7 +243,7 @@ def update_labels(self:Trainer, batch):
     "Algorithm 1 for the images of the batch, once the labels may move; counts per level."
     since = self.iteration - self.config.pretrain - self.config.label_start
     if since < 0 or since % self.config.label_every: return {}
-    report = self.dynamics(self.feature_bank.target, self.label_bank, batch)
+    report = self.dynamics(self.label_features(self.feature_bank.target), self.label_bank, batch)
     levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
     return {**levels, "adoptions": report.adoptions, "rejections": report.rejections, "moved": report.moved}
 
@@ -255,7 +266,7 @@ def unpack(tree, tensors):
     if set(tree) == {"tensor"}: return tensors[tree["tensor"]]
     return {int(k) if k.isdigit() else k: unpack(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-4
+# %% ../nbs/21_training.ipynb #fb6e1bdc-5
 @patch
 def state_dict(self:Trainer) -> dict:
     "All of it, as nested dicts of tensors."
@@ -265,7 +276,7 @@ def state_dict(self:Trainer) -> dict:
                 samplers=[self.source_sampler.state_dict(), self.target_sampler.state_dict()], random=self.generator.get_state(),
                 columns=list(frame.columns), history=torch.as_tensor(frame.to_numpy("float64", copy=True, na_value=float("nan"))))
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-5
+# %% ../nbs/21_training.ipynb #fb6e1bdc-6
 @patch
 def load_state_dict(self:Trainer, state):
     "The inverse of state_dict."
@@ -362,11 +373,11 @@ class Run:
         if self.source is not None and not len(self.source):
             raise DataError(f"The source {config.source} has no identities: adaptation needs a labelled source; leave --source out for Algorithm 3.")
         t, s = self.domain.train, self.source
-        self.stores, self.size = {}, size
+        self.stores, self.size, self.surroundings = {}, size, surroundings(device)
         known = lambda images: images.cameras if images.has_cameras else None
         self.trainer = Trainer(config, ImageStore(t.paths, size), s and ImageStore(s.paths, size), s and s.classes(), known(t), s and known(s), device)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-6
+# %% ../nbs/21_training.ipynb #fb6e1bdc-7
 @patch
 def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and largest at the top
     "The state of the label bank, for the history and the progress bar."
@@ -385,21 +396,27 @@ def score(self:Run, stage):
     scores = evaluate_encoder(t.encoder, self.domain, self.size, number, self.device, self.stores)
     if scores: self.evaluations.append({"stage": stage, "iteration": t.iteration, **scores})
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-7
+# %% ../nbs/21_training.ipynb #fb6e1bdc-8
 @patch
 def milestone(self:Run):
     "What has to happen before the iteration that comes now."
     t, c = self.trainer, self.config
     if t.iteration == 0:
         self.score("before")
-        if self.source is not None or c.method == "hcd": t.start_banks(with_target=c.pretrain == 0)
+        if c.pretrain == 0: self.start_target()
+        else: t.start_banks(with_target=False)
     elif t.iteration == c.pretrain:
         self.score("direct transfer")
         load_weights(t.encoder, one_domain(t.encoder, 0).state_dict())
-        t.start_banks()
+        self.start_target()
     elif t.iteration % c.evaluate_every == 0 and t.label_bank is not None: self.score(f"iteration {t.iteration}")
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-8
+# %% ../nbs/21_training.ipynb #fb6e1bdc-9
+@patch
+def start_target(self:Run):
+    "Fill both banks; only an oracle is given the target's identities."
+    self.trainer.start_banks(labels=self.domain.train.identities if self.config.method == "oracle" else None)
+
 @patch
 def save(self:Run):
     "Write the checkpoint."
@@ -412,7 +429,7 @@ def load(self:Run):
     more = load_checkpoint(self.trainer, self.out/"checkpoint.safetensors")
     self.seconds, self.evaluations = more["seconds"], more["evaluations"]
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-9
+# %% ../nbs/21_training.ipynb #fb6e1bdc-10
 @patch
 def go(self:Run,
        progress=True, # show a bar
@@ -450,7 +467,7 @@ def status(history, # rows of Run.go, newest last
     if f"ari_{len(levels)}" in row: shown["ARI"] = f"{row[f'ari_{len(levels)}']:.2f}"
     return {**shown, "images/s": f"{images*len(recent)/sum(recent):.0f}"}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-10
+# %% ../nbs/21_training.ipynb #fb6e1bdc-11
 @patch
 def finish(self:Run):
     "Score the last encoder and write the results."
@@ -490,7 +507,7 @@ def record(self:Run) -> dict:
     t, command = self.trainer, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     last = {k: v for k, v in (t.history[-1] if t.history else {}).items() if k.startswith(("clusters", "ari", "singletons", "largest"))}
     counts = dict(train=len(self.domain.train), query=len(self.domain.query or []), gallery=len(self.domain.gallery or []), skipped=self.domain.skipped)
-    return dict(command=command, config=asdict(self.config), seed=self.config.seed, **surroundings(self.device), date=time.strftime("%Y-%m-%d"),
+    return dict(command=command, config=asdict(self.config), seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),
                 seconds=round(self.seconds, 1), images=counts, notes=self.domain.notes, labels=last, evaluations=self.evaluations)
 
 # %% ../nbs/21_training.ipynb #ad01c287
@@ -502,11 +519,13 @@ def train(config,         # RunConfig, see make_config
           stop_at=None,   # stop before this iteration, as Ctrl-C would
           ) -> Run: # its trainer holds encoder and label bank; run.done says whether it came to its end
     "Adapt an encoder to an unlabelled target (Algorithm 2 with a source, Algorithm 3 without)."
-    if config.method not in ("hcd", "direct"): raise ValueError(f"There is no method {config.method!r}; the methods are: hcd, direct.")
-    if not config.source: config.pretrain = 0
-    if config.method == "direct": config.iterations = 0
+    if config.method not in ("hcd", "direct", "oracle"): raise ValueError(f"There is no method {config.method!r}; the methods are: hcd, direct, oracle.")
     if config.method == "direct" and not config.source: raise ValueError("Method direct trains on the source alone: name one with --source.")
+    if not config.source: config.pretrain = 0
+    if config.method == "direct": config.pretrain, config.iterations = config.pretrain or config.iterations, 0
+    if config.method == "oracle": config.label_start = config.iterations
     run = Run(config, out, device)
+    if config.method == "oracle" and not run.domain.train.has_identities: raise DataError(f"The target {config.target} has no identities: an oracle needs them.")
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out/"config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     if resume: run.load()

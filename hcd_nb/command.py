@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/23_command.ipynb #1d018e60
 def configure(args): # of parser()
     "The RunConfig of the typed words; raises ValueError in one sentence."
-    from hcd_nb.training import RunConfig, make_config
+    from hcd_nb.training import RunConfig, make_config, settled
     if args.resume:
         file = Path(args.resume)/"config.json"
         if not file.exists(): raise ValueError(f"There is no run to resume in {args.resume}: {file} is missing; --resume takes the folder given as --out before.")
@@ -46,7 +46,7 @@ def configure(args): # of parser()
     wrong = [s for s in args.set if "=" not in s]
     if wrong: raise ValueError(f"--set takes NAME=VALUE, not {wrong[0]!r}.")
     typed = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None}
-    return make_config(args.preset, **typed, **dict(s.split("=", 1) for s in args.set), **({"skip_bad": True} if args.skip_bad else {}))
+    return settled(make_config(args.preset, **typed, **dict(s.split("=", 1) for s in args.set), **({"skip_bad": True} if args.skip_bad else {})))
 
 # %% ../nbs/23_command.ipynb #b0834f2f
 def choose_device(name): # text or None
@@ -74,9 +74,9 @@ def start(args):
     if not args.resume and (Path(out)/"checkpoint.safetensors").exists():
         raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another folder with --out.")
     print(f"{config.target}{' from ' + config.source if config.source else ''}: {config.encoder} at {config.height}×{config.width} on {device}, "
-          f"{config.pretrain if config.source else 0:,} + {config.iterations:,} iterations", flush=True)
+          f"{config.pretrain:,} + {config.iterations:,} iterations", flush=True)
     run = train(config, out, device, resume=bool(args.resume))
-    for note in run.domain.notes: print(note)
+    for note in [*run.domain.notes, *([run.trainer.encoder.report] if run.trainer.encoder.report else [])]: print(note)
     print(closing_words(run, write_report(run) if run.done else ""))
     return 0 if run.done else 130
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Config', 'RunConfig', 'make_config', 'Trainer', 'learning_rate', 'bank_features', 'pack', 'unpack',
            'write_whole', 'save_checkpoint', 'load_checkpoint', 'interruptible', 'evaluate_encoder', 'retrieval', 'Run',
-           'status', 'surroundings', 'train']
+           'status', 'surroundings', 'settled', 'train']
 
 # %% ../nbs/21_training.ipynb #a5c21399
 import hashlib
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 # %% ../nbs/21_training.ipynb #643b1952
@@ -507,8 +507,20 @@ def record(self:Run) -> dict:
     t, command = self.trainer, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     last = {k: v for k, v in (t.history[-1] if t.history else {}).items() if k.startswith(("clusters", "ari", "singletons", "largest"))}
     counts = dict(train=len(self.domain.train), query=len(self.domain.query or []), gallery=len(self.domain.gallery or []), skipped=self.domain.skipped)
-    return dict(command=command, config=asdict(self.config), seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),
+    weights = asdict(t.encoder.report) if t.encoder.report else self.config.weights
+    return dict(command=command, config=asdict(self.config), weights=weights, seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),
                 seconds=round(self.seconds, 1), images=counts, notes=self.domain.notes, labels=last, evaluations=self.evaluations)
+
+# %% ../nbs/21_training.ipynb #a403356f
+def settled(config) -> RunConfig: # a copy; settling it again changes nothing
+    "The configuration with what its method implies; raises ValueError for a method that does not exist or lacks its source."
+    c = replace(config)
+    if c.method not in ("hcd", "direct", "oracle"): raise ValueError(f"There is no method {c.method!r}; the methods are: hcd, direct, oracle.")
+    if c.method == "direct" and not c.source: raise ValueError("Method direct trains on the source alone: name one with --source.")
+    if not c.source: c.pretrain = 0
+    if c.method == "direct": c.pretrain, c.iterations = c.pretrain or c.iterations, 0
+    if c.method == "oracle": c.label_start = c.iterations
+    return c
 
 # %% ../nbs/21_training.ipynb #ad01c287
 def train(config,         # RunConfig, see make_config
@@ -519,11 +531,7 @@ def train(config,         # RunConfig, see make_config
           stop_at=None,   # stop before this iteration, as Ctrl-C would
           ) -> Run: # its trainer holds encoder and label bank; run.done says whether it came to its end
     "Adapt an encoder to an unlabelled target (Algorithm 2 with a source, Algorithm 3 without)."
-    if config.method not in ("hcd", "direct", "oracle"): raise ValueError(f"There is no method {config.method!r}; the methods are: hcd, direct, oracle.")
-    if config.method == "direct" and not config.source: raise ValueError("Method direct trains on the source alone: name one with --source.")
-    if not config.source: config.pretrain = 0
-    if config.method == "direct": config.pretrain, config.iterations = config.pretrain or config.iterations, 0
-    if config.method == "oracle": config.label_start = config.iterations
+    config = settled(config)
     run = Run(config, out, device)
     if config.method == "oracle" and not run.domain.train.has_identities: raise DataError(f"The target {config.target} has no identities: an oracle needs them.")
     run.out.mkdir(parents=True, exist_ok=True)

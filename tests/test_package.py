@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parents[1]
-modules = sorted(p.stem for p in (root/"hcd_nb").glob("*.py") if p.stem != "__init__")
+modules = sorted(p.stem for p in (root/"hcd_nb").glob("[!_]*.py"))
 
 
 def python(code):

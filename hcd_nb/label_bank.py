@@ -9,8 +9,10 @@ __all__ = ['contiguous', 'same_partition', 'LabelBank', 'singletons', 'dbscan', 
 import numpy as np
 import torch
 from fastcore.basics import patch
+from scipy import sparse
 from sklearn.cluster import DBSCAN
-from .neighbors import check_features, jaccard_distance
+from sklearn.neighbors import sort_graph_by_row_values
+from .neighbors import jaccard_neighbours
 
 # %% ../nbs/13_label_bank.ipynb #978b69f4
 def contiguous(
@@ -153,13 +155,14 @@ def relabel(self: LabelBank,
 
 # %% ../nbs/13_label_bank.ipynb #cc320ea8
 def dbscan(
-    distance: torch.Tensor, # (N, N)
+    distance: sparse.csr_array, # (N, N) of the pairs that may lie within eps; the others are farther
     eps: float, # reach of a core image, in the distance's unit
     min_samples: int = 3, # images within reach, itself included, that make a core image
-) -> torch.Tensor: # (N,) int64, -1 for noise; on the distance's device
-    "scikit-learn's DBSCAN on a given distance"
-    found = DBSCAN(eps=eps, min_samples=min_samples, metric='precomputed').fit_predict(distance.cpu().numpy())
-    return torch.from_numpy(found.astype(np.int64)).to(distance.device)
+) -> torch.Tensor: # (N,) int64, -1 for noise
+    "scikit-learn's DBSCAN on given distances"
+    ordered = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
+    found = DBSCAN(eps=eps, min_samples=min_samples, metric='precomputed').fit_predict(ordered)
+    return torch.from_numpy(found.astype(np.int64))
 
 # %% ../nbs/13_label_bank.ipynb #d8ce946d
 def intersect(
@@ -171,19 +174,22 @@ def intersect(
 
 # %% ../nbs/13_label_bank.ipynb #c358e2cf
 def better_eps(
-    distance: torch.Tensor, # (N, N)
+    distance: sparse.csr_array, # (N, N) of the pairs that may lie within eps; the others are farther
     min_samples: int, # images that make a core, the image itself included
 ) -> tuple[float, int]: # eps and its clusters; (0., 0) when nothing gives two clusters
     "An eps with many clusters, from the distances to the `min_samples`-th nearest image"
-    reach = distance.kthvalue(min(min_samples, len(distance)), dim=1).values
-    tries = torch.quantile(reach, torch.tensor([.1, .25, .5, .75, .9]).to(reach))
+    ordered = sort_graph_by_row_values(distance, copy=True, warn_when_not_sorted=False)
+    enough = np.diff(ordered.indptr) >= min_samples
+    if not enough.any(): return 0., 0
+    reach = ordered.data[ordered.indptr[:-1][enough] + min_samples - 1]
+    tries = np.quantile(reach, [.1, .25, .5, .75, .9])
     found = {e: int(dbscan(distance, e, min_samples).max()) + 1 for e in sorted({round(t, 3) for t in tries.tolist()}) if e > 0}
     best = max(found, key=found.get, default=0.)
     return (best, found[best]) if found.get(best, 0) > 1 else (0., 0)
 
 # %% ../nbs/13_label_bank.ipynb #029ace71
 def require_clusters(
-    distance: torch.Tensor, # (N, N)
+    distances, # without arguments; gives all distances that are below 1, (N, N) csr_array; called only to give advice
     labels: torch.Tensor, # (N,) int64 of DBSCAN, -1 for noise
     eps: float, # what DBSCAN was given
     min_samples: int, # what DBSCAN was given
@@ -192,7 +198,7 @@ def require_clusters(
     n, noise = int(labels.max()) + 1, (labels < 0).float().mean().item()
     if n > 1 or (n == 1 and noise >= .5): return
     what = 'no cluster: every image is noise' if n == 0 else f'one cluster with {1 - noise:.0%} of the images'
-    best, clusters = better_eps(distance, min_samples)
+    best, clusters = better_eps(distances(), min_samples)
     advice = f'eps={best} would give {clusters} clusters here (and k1 should be about the number of images of a person)' if clusters else 'no eps gives two clusters here: look at the features (an encoder that maps all images to one point?) or give more images'
     raise ValueError(f'DBSCAN with eps={eps} and min_samples={min_samples} finds {what}. Training cannot start from that; {advice}.')
 
@@ -210,9 +216,10 @@ def from_features(cls: LabelBank,
     each = tuple(eps) if isinstance(eps, (tuple, list)) else (eps,)
     if list(each) != sorted(each) or len(each) not in (1, levels) or each[0] <= 0:
         raise ValueError(f'eps={eps} does not fit {levels} levels: give one positive number, or {levels} that rise from the finest level to the coarsest.')
-    distance = jaccard_distance(check_features(features), k1, k2)
-    found = {e: dbscan(distance, e, min_samples) for e in each}
-    require_clusters(distance, found[each[-1]], each[-1], min_samples)
+    if each[-1] >= 1: raise ValueError(f'eps={each[-1]} joins all images: no two have a Jaccard distance above 1; give less than 1.')
+    distance = jaccard_neighbours(features, k1, k2, within=each[-1])
+    found = {e: dbscan(distance, e, min_samples).to(features.device) for e in each}
+    require_clusters(lambda: jaccard_neighbours(features, k1, k2, within=1.), found[each[-1]], each[-1], min_samples)
     rows = [singletons(found[each[-1]])]
     for e in reversed(each[:-1]): rows.insert(0, intersect(singletons(found[e]), rows[0]))
     return cls.from_labels(rows[0], levels) if len(each) == 1 else cls(torch.stack(rows))

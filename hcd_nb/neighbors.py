@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_features', 'nearest_of', 'check_search', 'knn', 'ranking', 'neighbour_matrix', 'reciprocal_neighbours',
            'expanded_neighbours', 'pair_cosines', 'expand_queries', 'encode', 'distance_of', 'overlaps',
-           'jaccard_distance']
+           'jaccard_neighbours', 'jaccard_distance']
 
 # %% ../nbs/11_neighbors.ipynb #344de335
 import numpy as np
@@ -145,17 +145,17 @@ def encode(
 
 # %% ../nbs/11_neighbors.ipynb #3f6a5318
 def distance_of(
-    overlap: torch.Tensor, # m, any shape, in [0, 1]
-) -> torch.Tensor: # J, the same shape, in [0, 1]
+    overlap: np.ndarray, # m, any shape, in [0, 1]
+) -> np.ndarray: # J, the same shape, float32 in [0, 1]
     "$J = 1 - m/(2-m)$"
-    return (1 - overlap / (2 - overlap)).clamp(0, 1)
+    return (1 - overlap / (2 - overlap)).clip(0, 1).astype(np.float32)
 
 # %% ../nbs/11_neighbors.ipynb #e9dde360
 def overlaps(
     V: sparse.csr_array, # (N, N) nonnegative
     columns: sparse.csc_array, # the same matrix by columns
     rows: range, # which rows of m
-) -> np.ndarray: # (len(rows), N) float64
+) -> sparse.csr_array: # (len(rows), N) float64; what is not stored is 0
     "$m_{ij}=\\sum_l\\min(V_{il},V_{jl})$ for a slice of rows $i$"
     first, last = V.indptr[rows.start], V.indptr[rows.stop]
     l, v = V.indices[first:last], V.data[first:last]
@@ -163,9 +163,30 @@ def overlaps(
     count = columns.indptr[l + 1] - columns.indptr[l]
     ends = np.cumsum(count)
     at = np.arange(count.sum()) + np.repeat(columns.indptr[l] - (ends - count), count)
-    cell = np.repeat(i * V.shape[0], count) + columns.indices[at]
     shared = np.minimum(np.repeat(v, count), columns.data[at])
-    return np.bincount(cell, shared, minlength=len(rows) * V.shape[0]).reshape(len(rows), -1)
+    return sparse.csr_array((shared, (np.repeat(i, count), columns.indices[at])), shape=(len(rows), V.shape[0]))
+
+# %% ../nbs/11_neighbors.ipynb #4f24a9c0
+def jaccard_neighbours(
+    features: torch.Tensor, # (N, d) unit rows
+    k1: int = 20, # neighbours of the mutual sets, the image itself included
+    k2: int = 6, # images averaged by query expansion; 1 for none
+    within: float = .6, # the largest distance that is kept, 0..1; at 1, all pairs that have anything in common
+    tile: int = 256, # rows worked on at a time
+) -> sparse.csr_array: # (N, N) float32 in [0, within], symmetric, zero diagonal stored
+    "Pairs with a small Jaccard distance of k-reciprocal neighbourhoods"
+    if min(k1, k2) < 1: raise ValueError(f'k1 is {k1} and k2 is {k2}: both count the image itself, so both must be 1 or more.')
+    n = len(check_features(features))
+    V = encode(features, ranking(features, max(k1, k2)), k1, k2)
+    columns, parts = sparse.csc_array(V), []
+    for start in range(0, n, tile):
+        m = sparse.coo_array(overlaps(V, columns, range(start, min(start + tile, n))))
+        i, j, J = m.row + start, m.col, distance_of(m.data)
+        J[i == j] = 0
+        near = J <= within
+        parts.append((J[near], i[near], j[near]))
+    J, i, j = (np.concatenate(x) for x in zip(*parts))
+    return sparse.csr_array((J, (i, j)), shape=(n, n))
 
 # %% ../nbs/11_neighbors.ipynb #5dc3e44b
 def jaccard_distance(
@@ -175,12 +196,7 @@ def jaccard_distance(
     tile: int = 256, # rows worked on at a time
 ) -> torch.Tensor: # (N, N) float32 in [0, 1], symmetric, zero diagonal; on the features' device
     "Jaccard distance of k-reciprocal neighbourhoods"
-    if min(k1, k2) < 1: raise ValueError(f'k1 is {k1} and k2 is {k2}: both count the image itself, so both must be 1 or more.')
-    n = len(check_features(features))
-    V = encode(features, ranking(features, max(k1, k2)), k1, k2)
-    columns, out = sparse.csc_array(V), torch.empty(n, n)
-    for start in range(0, n, tile):
-        stop = min(start + tile, n)
-        m = torch.from_numpy(overlaps(V, columns, range(start, stop)))
-        out[start:stop] = distance_of(m)
-    return out.fill_diagonal_(0).to(features.device)
+    pairs = sparse.coo_array(jaccard_neighbours(features, k1, k2, 1., tile))
+    out = torch.ones(pairs.shape)
+    out[torch.from_numpy(pairs.row).long(), torch.from_numpy(pairs.col).long()] = torch.from_numpy(pairs.data)
+    return out.to(features.device)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RENDER_HINT', 'HATS', 'BAGS', 'WORN', 'STYLES_OF_HAIR', 'LAYERS', 'renderer_available', 'need_renderer',
            'mesh_groups', 'Body', 'coefficients', 'shape_body', 'load_body', 'bone_share', 'along', 'Regions',
-           'regions', 'shirt', 'trousers', 'shoes', 'jacket', 'skirt', 'scalp', 'unit', 'vertex_normals', 'ball',
-           'Part', 'paint_coordinates', 'cut_part', 'solid', 'Garment', 'Person', 'layer_of', 'garment_parts',
+           'regions', 'shirt', 'trousers', 'shoes', 'jacket', 'skirt', 'scalp', 'unit', 'collector', 'vertex_normals',
+           'ball', 'Part', 'paint_coordinates', 'cut_part', 'solid', 'Garment', 'Person', 'layer_of', 'garment_parts',
            'head_box', 'hair_solids', 'hair_parts', 'hat_parts', 'bag_parts', 'skin_part', 'Dressed', 'join',
            'dressed_parts', 'dress']
 
@@ -204,17 +204,22 @@ def unit(
     "Rows of length 1."
     return v/np.maximum(np.sqrt(np.einsum('ij,ij->i', v, v)), 1e-12)[:, None]
 
+def collector(
+    triangles, # (t, 3) vertex numbers
+    n, # vertices
+) -> csr_matrix: # (n, t) float32, 1 where a vertex is a corner of a triangle
+    "Sums over the triangles around each vertex."
+    t = len(triangles)
+    return csr_matrix((np.ones(3*t, np.float32), (triangles.T.ravel(), np.tile(np.arange(t), 3))), shape=(n, t))
+
 def vertex_normals(
     vertices, # (n, 3)
     triangles, # (t, 3) vertex numbers
+    collect, # `collector` of these triangles
 ) -> np.ndarray: # (n, 3) unit
     "Area-weighted unit normals."
     a, b, c = (vertices[triangles[:, i]] for i in range(3))
-    n = np.cross(b - a, c - a)
-    t = len(triangles)
-    collect = csr_matrix((np.ones(3*t), (triangles.T.ravel(), np.tile(np.arange(t), 3))), shape=(len(vertices), t))
-    n = collect@n
-    return unit(n)
+    return unit(collect@np.cross(b - a, c - a))
 
 # %% ../nbs/02_bodies.ipynb #b2f7a109
 def ball(
@@ -257,12 +262,12 @@ def cut_part(
 ) -> Part: # None where nothing is left
     "The part of a mesh group where `keep` is positive, moved out along the normals by `offset` metres."
     body = load_body()
-    triangles = body.groups[group]
-    triangles = triangles[(keep[triangles] > 0).any(1)]
+    whole = body.groups[group]
+    triangles = whole[(keep[whole] > 0).any(1)]
     if len(triangles) == 0: return None
     used, local = np.unique(triangles, return_inverse=True)
     local = local.reshape(-1, 3)
-    normals = vertex_normals(rest, body.groups[group])[used]
+    normals = vertex_normals(rest, whole, collector(whole, len(rest)))[used]
     offset = np.broadcast_to(offset, len(keep))[used][:, None]
     return Part(rest[used] + offset*normals, local, body.weights[used], keep[used], paint_coordinates(used), layer)
 
@@ -287,7 +292,7 @@ def solid(
 @dataclass(frozen=True)
 class Garment:
     "What a garment is and how it is painted."
-    kind: str               # 'tshirt', 'jacket', 'jeans' ...
+    kind: str               # one of WORN: 'tshirt', 'trousers', 'jacket' ...
     colour: tuple           # sRGB 0..1
     second: tuple           # the pattern's other colour
     pattern: str = 'plain'  # plain, stripes, pinstripes, check, block, print, spots
@@ -326,7 +331,8 @@ def garment_parts(
     rest, # (V, 3) the base mesh of this body at rest, metres
 ) -> list: # parts
     "The surfaces of one garment; none for hats, scarves and bags, which are solids."
-    r, layer, cut = regions(), layer_of(g), lambda group, keep, offset: cut_part(rest, group, keep, layer_of(g), offset)
+    r, layer = regions(), layer_of(g)
+    def cut(group, keep, offset): return cut_part(rest, group, keep, layer, offset)
     if layer == 'top':
         hem = {'tshirt': -.06, 'shirt': -.07, 'pullover': -.04}[g.kind]
         return [cut('tights', shirt(r, hem, g.cut), .008 if g.kind == 'tshirt' else .013)]
@@ -356,8 +362,8 @@ def head_box(
 # %% ../nbs/02_bodies.ipynb #296f1f35
 def hair_solids(
     style, # of hair
-    c, # (3,) centre of the skull
-    h, # pixels
+    c, # (3,) centre of the skull, metres
+    h, # (3,) its half extents, metres
 ) -> list: # parts
     "What longer hair adds to the cap on the scalp, from the centre `c` and the half extents `h` of the skull."
     behind = lambda p: np.maximum(p[:, 1] + .12 - .35*np.clip(-p[:, 2], 0, 1), p[:, 2] - .62)
@@ -462,11 +468,9 @@ def join(
     start = np.cumsum([0] + [len(p.vertices) for p in parts])
     triangles = np.concatenate([p.triangles + s for p, s in zip(parts, start)])
     layer = np.concatenate([np.full(len(p.triangles), LAYERS.index(p.layer)) for p in parts])
-    t, n = len(triangles), start[-1]
-    collect = csr_matrix((np.ones(3*t, np.float32), (triangles.T.ravel(), np.tile(np.arange(t), 3))), shape=(n, t))
     cat = lambda name: np.concatenate([getattr(p, name) for p in parts])
     return Dressed(person, cat('vertices'), triangles.astype(np.int32), csr_matrix(vstack([p.weights for p in parts])),
-                   cat('keep').astype(np.float32), cat('paint').astype(np.float32), layer, heads, collect)
+                   cat('keep').astype(np.float32), cat('paint').astype(np.float32), layer, heads, collector(triangles, start[-1]))
 
 # %% ../nbs/02_bodies.ipynb #4a755cce
 def dressed_parts(

@@ -15,7 +15,7 @@ from .feature_bank import cluster_means
 from .label_bank import LabelBank, contiguous
 from .merge import from_first, join, merge_candidates, merge_scores, neighbourhood
 from .propagation import affinity, mutual_top_k
-from .split import density_anchors, farthest_first, level_units, random_anchors, rejoin, split_units
+from .split import cluster_centres, density_anchors, farthest_first, level_units, plain, random_anchors, rejoin, split_units
 
 # %% ../nbs/16_dynamics.ipynb #c28a4bb1
 def calibration(
@@ -88,6 +88,12 @@ def check(self: ClusterDynamics):
     choices = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'))
     for name, known in choices.items():
         if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}: it is one of {", ".join(known)}.')
+
+@patch
+def similarity(self: ClusterDynamics, features):
+    "From cosine to similarity, by the `scale` of the options"
+    if self.scale is None: return plain
+    return calibrated(*(calibration(features) if self.scale == 'auto' else self.scale))
 
 # %% ../nbs/16_dynamics.ipynb #610620fe-1
 @dataclass
@@ -184,7 +190,7 @@ def merge_level(self: ClusterDynamics,
 ) -> int: # clusters that disappeared
     "Merge the clusters of the batch at one level with those around them"
     classes, n = bank.class_index(h)
-    centres, _ = level_units(features, bank.labels[h], self.centres)
+    centres = cluster_centres(features, classes, n, self.centres)
     places, real = merge_candidates(classes[near])
     found = near.gather(1, places)
     nodes = centres[classes[found]]
@@ -230,9 +236,3 @@ def __call__(self: ClusterDynamics,
         merges.append(self.merge_level(features, label_bank, near, similarity, h, similar))
     rejections = int((p == batch).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, share_moved(before, label_bank.labels[-1]))
-
-@patch
-def similarity(self: ClusterDynamics, features):
-    "From cosine to similarity, by the `scale` of the options"
-    if self.scale is None: return lambda cosine: cosine
-    return calibrated(*(calibration(features) if self.scale == 'auto' else self.scale))

@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import dataclass
 import numpy as np
-from .bodies import LAYERS, Body, Dressed, Garment, Person, layer_of, load_body, unit
+from .bodies import LAYERS, Body, Dressed, Garment, Person, layer_of, load_body, unit, vertex_normals
 from .cameras import Camera, backdrop, crop_rays, linear, noise
 
 # %% ../nbs/02_figures.ipynb #42fc57fe
@@ -311,8 +311,7 @@ class Actor:
 
     def normals(self) -> np.ndarray:
         "Unit normals of the posed vertices."
-        a, b, c = (self.vertices[self.dressed.triangles[:, i]] for i in range(3))
-        return unit(self.dressed.collect@np.cross(b - a, c - a))
+        return vertex_normals(self.vertices, self.dressed.triangles, self.dressed.collect)
 
 def surface(
     actor: Actor, # a person in a scene

@@ -183,7 +183,7 @@ def better_eps(
     if not enough.any(): return 0., 0
     reach = ordered.data[ordered.indptr[:-1][enough] + min_samples - 1]
     tries = np.quantile(reach, [.1, .25, .5, .75, .9])
-    found = {e: int(dbscan(distance, e, min_samples).max()) + 1 for e in sorted({round(t, 3) for t in tries.tolist()}) if e > 0}
+    found = {e: int(dbscan(ordered, e, min_samples).max()) + 1 for e in sorted({round(t, 3) for t in tries.tolist()}) if e > 0}
     best = max(found, key=found.get, default=0.)
     return (best, found[best]) if found.get(best, 0) > 1 else (0., 0)
 

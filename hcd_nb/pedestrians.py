@@ -342,7 +342,7 @@ def render_identity(
     size=(128, 64), # height and width of a crop, pixels
     device='cpu', # 'cpu' or 'cuda'
     most=6, # most images of a person in one camera
-): # 
+): # generator
     "All crops of one identity: yields (folder, file name, JPEG bytes, what is known)."
     domain, seed, style = plan.domain, plan.seed, STYLES[plan.domain]
     person = sample_person(domain, identity, seed, plan.wardrobe[identity], plan.twin_of[identity])
@@ -374,7 +374,7 @@ def render_distractor(
     dressed, tracer = stranger(domain, seed, int(rng.integers(12)), device)
     shot = sample_shot(rng, camera, STYLES[domain])
     aside, down = rng.uniform(.45, 1.3)*rng.choice([-1, 1]), rng.uniform(-.3, .3)
-    shot = replace(shot, margin=(-aside, aside, -down, down), company=0., sunlit=shot.sunlit)
+    shot = replace(shot, margin=(-aside, aside, -down, down), company=0.)
     picture, share = render_shot(tracer, dressed, camera, shot, domain, seed, size, device)
     name = file_name(0, camera.number, 1, 100 + 7*number, 1 + number % 4)
     return 'bounding_box_test', name, as_jpeg(picture), known(0, camera.number, replace(dressed.person, wardrobe=0), shot, share)

@@ -8,20 +8,23 @@ __all__ = ['cluster_means', 'check_rows', 'FeatureBank', 'momentum_step', 'check
 # %% ../nbs/10_feature_bank.ipynb #988b0e7b
 import torch
 from fastcore.basics import patch
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 
 # %% ../nbs/10_feature_bank.ipynb #116da901
 def cluster_means(
     rows: torch.Tensor, # (N, d) float
-    classes: torch.Tensor, # (N,) int64 in 0..n_classes-1
+    classes: torch.Tensor, # (n,) int64 in 0..n_classes-1
     n_classes: int, # C; every class must have a member
+    images: torch.Tensor | None = None, # (n,) int64, the rows that are meant; all of them when None
 ) -> torch.Tensor: # (C, d), not renormalised
     "Mean row of each class"
-    if len(rows) != len(classes): raise ValueError(f'{len(rows)} rows but {len(classes)} classes: give one class for each row.')
+    n = len(rows) if images is None else len(images)
+    if n != len(classes): raise ValueError(f'{n} rows but {len(classes)} classes: give one class for each row.')
     count = torch.bincount(classes, minlength=n_classes)
     if len(count) > n_classes or (count == 0).any():
         raise ValueError(f'classes must use every number from 0 to {n_classes - 1} and no other; number them with label_bank.contiguous.')
-    return torch.zeros(n_classes, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, classes, rows) / count[:, None]
+    order = classes.argsort(stable=True)
+    return embedding_bag(order if images is None else images[order], rows, count.cumsum(0) - count, mode='mean')
 
 # %% ../nbs/10_feature_bank.ipynb #d0cc4255
 def check_rows(
@@ -83,8 +86,9 @@ def momentum_step(
 ) -> None:
     "row ← normalise(m·row + (1−m)·feature)"
     moved, which = torch.unique(indices, return_inverse=True)
-    mean = cluster_means(check_rows(features).to(rows.dtype), which, len(moved))
-    rows[moved] = normalize(momentum * rows[moved] + (1 - momentum) * mean, dim=1)
+    precision = torch.promote_types(rows.dtype, torch.float32)
+    mean = cluster_means(check_rows(features).to(precision), which, len(moved))
+    rows[moved] = normalize(momentum * rows[moved].to(precision) + (1 - momentum) * mean, dim=1).to(rows.dtype)
 
 # %% ../nbs/10_feature_bank.ipynb #536493a5
 def check_indices(

@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['contiguous', 'same_partition', 'LabelBank', 'singletons', 'dbscan', 'intersect', 'better_eps', 'require_clusters']
 
-# %% ../nbs/13_label_bank.ipynb #344de335
+# %% ../nbs/13_label_bank.ipynb #c4c92a52
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from fastcore.basics import patch
 from scipy import sparse
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import sort_graph_by_row_values
+from .members import Members
 from .neighbors import jaccard_neighbours
 
 # %% ../nbs/13_label_bank.ipynb #978b69f4
@@ -41,8 +44,10 @@ class LabelBank:
     ):
         if labels.ndim != 2 or not labels.numel() or labels.dtype != torch.int64:
             raise ValueError(f'a label bank needs int64 labels of shape (levels, images): these are {labels.dtype} of shape {tuple(labels.shape)}.')
-        self.labels = labels.clone()
+        self.labels, self.cursor, self.seen, self.journal = labels.clone(), [0]*len(labels), None, None
         self.check()
+        for row in self.labels:
+            if row.max() >= 2*len(row): row.copy_(torch.unique(row, return_inverse=True)[1])
 
 # %% ../nbs/13_label_bank.ipynb #d6a1163a
 @patch(as_prop=True)
@@ -57,9 +62,19 @@ def n_images(self: LabelBank) -> int: # N_t
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc
 @patch
+def index(self: LabelBank,
+    h: int, # level as an index: 0 finest, -1 coarsest
+) -> Members:
+    "Who belongs to each cluster of a level"
+    if self.seen is None or self.seen[0] is not self.labels or self.seen[1] != self.labels._version:
+        self.lists = [Members(row) for row in self.labels]
+        self.seen = self.labels, self.labels._version
+    return self.lists[h]
+
+@patch
 def n_clusters(self: LabelBank) -> list[int]: # clusters at each level, finest first
     "How many clusters each level has, singletons included"
-    return [len(torch.unique(row)) for row in self.labels]
+    return [int((self.index(h).count > 0).sum()) for h in range(self.n_levels)]
 
 @patch
 def __repr__(self: LabelBank): return f'LabelBank of {self.n_images} images, clusters per level (fine to coarse): {self.n_clusters()}'
@@ -104,7 +119,9 @@ def members(self: LabelBank,
     label: int, # a label of that level
 ) -> torch.Tensor: # indices of its images, rising; empty for a label not in use
     "The images of one cluster"
-    return (self.labels[h] == label).nonzero()[:, 0]
+    label = torch.as_tensor(label, device=self.labels.device).reshape(1)
+    lists = self.index(h)
+    return lists.of(label)[0] if label < len(lists.count) else label[:0]
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-3
 @patch
@@ -118,40 +135,53 @@ def class_index(self: LabelBank,
 @patch
 def fresh(self: LabelBank,
     h: int, # level as an index: 0 finest, -1 coarsest
-    n: int = 1, # how many
-) -> torch.Tensor: # (n,) int64, the smallest labels not in use at that level, rising
+    n: int = 1, # how many, at most N
+) -> torch.Tensor: # (n,) int64
     "Labels that no image carries"
-    taken = torch.zeros(self.n_images + n, dtype=torch.bool, device=self.labels.device)
-    taken[self.labels[h][self.labels[h] < len(taken)]] = True
-    return (~taken).nonzero()[:n, 0]
+    labels, self.cursor[h] = self.index(h).fresh(n, self.cursor[h])
+    return labels
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-5
+@patch
+def relabel(self: LabelBank,
+    h: int, # level as an index: 0 finest, -1 coarsest
+    indices: torch.Tensor, # (n,) int64 distinct images
+    label: int | torch.Tensor, # one label for all, or (n,) labels, 0 to 2N - 1
+) -> None:
+    "Set labels at one level; moving whole lower clusters within one parent keeps the levels nested"
+    lists = self.index(h)
+    label = torch.as_tensor(label, device=indices.device).expand(len(indices)).clone()
+    if len(label) and not 0 <= label.min() <= label.max() < len(lists.count): raise ValueError(f'labels from {label.min()} to {label.max()}: a bank of {self.n_images} images uses 0 to {len(lists.count) - 1}; take one that `fresh` gives.')
+    if self.journal is not None and h in (-1, self.n_levels - 1): self.journal.append((indices, self.labels[h, indices]))
+    lists.move(indices, label)
+    self.seen = self.labels, self.labels._version
+
+# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-6
+@patch
+@contextmanager
+def recording(self: LabelBank):
+    "Inside, every change at the top level is noted in the yielded list, as images and their labels before"
+    self.journal = []
+    try: yield self.journal
+    finally: self.journal = None
+
+# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-7
 @patch
 def detach(self: LabelBank,
     indices: torch.Tensor, # (B,) int64 images; repeats count once
 ) -> None:
     "Make each image a fresh singleton at every level"
     indices = torch.unique(indices)
-    for h in range(self.n_levels): self.labels[h, indices] = self.fresh(h, len(indices))
+    for h in range(self.n_levels): self.relabel(h, indices, self.fresh(h, len(indices)))
 
-# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-6
+# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-8
 @patch
 def adopt(self: LabelBank,
-    j: torch.Tensor, # image, or (B,) int64 distinct images, that take labels
-    p: torch.Tensor, # image, or (B,) int64 images, that give them; read before any is written
+    j: torch.Tensor, # (B,) int64 distinct images that take labels
+    p: torch.Tensor, # (B,) int64 images that give them; read before any is written
 ) -> None:
     "Copy all labels of `p` to `j`"
-    self.labels[:, j] = self.labels[:, p]
-
-# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-7
-@patch
-def relabel(self: LabelBank,
-    h: int, # level as an index: 0 finest, -1 coarsest
-    indices: torch.Tensor, # (n,) int64 images
-    label: int | torch.Tensor, # one label for all, or (n,) labels
-) -> None:
-    "Set labels at one level; moving whole lower clusters within one parent keeps the levels nested"
-    self.labels[h, indices] = torch.as_tensor(label).clone() # it may be a view of this very row
+    for h in range(self.n_levels): self.relabel(h, j, self.labels[h, p])
 
 # %% ../nbs/13_label_bank.ipynb #cc320ea8
 def dbscan(
@@ -224,21 +254,24 @@ def from_features(cls: LabelBank,
     for e in reversed(each[:-1]): rows.insert(0, intersect(singletons(found[e]), rows[0]))
     return cls.from_labels(rows[0], levels) if len(each) == 1 else cls(torch.stack(rows))
 
-# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-8
+# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-9
 @patch
 def clone(self: LabelBank) -> LabelBank:
     "An independent copy"
-    return LabelBank(self.labels)
+    copy = LabelBank(self.labels)
+    copy.cursor = list(self.cursor)
+    return copy
 
-# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-9
+# %% ../nbs/13_label_bank.ipynb #fb6e1bdc-10
 @patch
-def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # {'labels': (H, N) int64}
+def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64
     "The bank as tensors"
-    return {'labels': self.labels.clone()}
+    return {'labels': self.labels.clone(), 'cursor': torch.tensor(self.cursor)}
 
 @patch
 def load_state_dict(self: LabelBank,
-    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ
+    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, the cursor may be missing
 ) -> None:
     "Take over a saved bank, on this bank's device"
     self.labels = LabelBank(state['labels'].to(self.labels.device)).labels
+    self.cursor = state['cursor'].tolist() if 'cursor' in state else [0]*self.n_levels

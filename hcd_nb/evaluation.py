@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['matches_and_ignored', 'hit_positions', 'average_precision', 'cmc_curve', 'inverse_negative_penalty',
-           'RetrievalScores', 'evaluate', 'normalise_cameras', 'bootstrap_interval', 'adjusted_rand_index',
-           'homogeneity_completeness', 'label_quality']
+           'RetrievalScores', 'evaluate', 'camera_means', 'normalise_cameras', 'bootstrap_interval',
+           'adjusted_rand_index', 'homogeneity_completeness', 'label_quality']
 
 # %% ../nbs/03_evaluation.ipynb #49ac0dd2
 from dataclasses import dataclass
@@ -164,21 +164,29 @@ def evaluate(
     return RetrievalScores(scores.mean().item(), inverse_negative_penalty(positions, n_matches).mean().item(),
         cmc_curve(positions, max_rank), scores, queries, len(queries), len(query[0]) - len(queries), ap)
 
-# %% ../nbs/03_evaluation.ipynb #5a33ab03
+# %% ../nbs/03_evaluation.ipynb #d69f683a
+def camera_means(
+    rows, # (N, d) float unit rows
+    cameras, # (N,) int; -1 = unknown
+): # means (C + 1, d), the last of all images; (N,) int64, which of them belongs to each row
+    "The mean row of each camera."
+    cameras = torch.as_tensor(cameras, device=rows.device)
+    if cameras.shape != (len(rows),):
+        raise ValueError(f'{len(rows)} features but cameras of shape {tuple(cameras.shape)}: give one for each feature row')
+    which = torch.full((len(rows),), -1, device=rows.device)
+    groups = [own for own in (cameras == c for c in cameras[cameras >= 0].unique()) if own.sum() > 1]
+    for i, own in enumerate(groups): which[own] = i
+    means = torch.stack([rows[own].mean(0) for own in groups] + [rows.mean(0)])
+    return means, which % len(means)
+
 def normalise_cameras(
     features, # (N, d) float, queries and gallery together
     cameras, # (N,) int; -1 = unknown
 ): # (N, d) float32 unit rows
     "Remove each camera's mean from its features and scale to unit rows again."
     x = F.normalize(features.float(), dim=1)
-    cameras = torch.as_tensor(cameras, device=x.device)
-    if cameras.shape != (len(x),):
-        raise ValueError(f'{len(x)} features but cameras of shape {tuple(cameras.shape)}: give one for each feature row')
-    means = x.mean(0).expand_as(x).clone()
-    for camera in cameras[cameras >= 0].unique():
-        own = cameras == camera
-        if own.sum() > 1: means[own] = x[own].mean(0)
-    return F.normalize(x - means, dim=1)
+    means, which = camera_means(x, cameras)
+    return F.normalize(x - means[which], dim=1)
 
 # %% ../nbs/03_evaluation.ipynb #d6aec190
 def bootstrap_interval(

@@ -34,7 +34,7 @@ from .augmentation import augment, jitter, normalise_images
 from .data import DataError, read_domain
 from .dynamics import ClusterDynamics
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
-from .evaluation import adjusted_rand_index, evaluate, normalise_cameras
+from .evaluation import adjusted_rand_index, camera_means, evaluate, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
 from .images import ImageStore
 from .label_bank import LabelBank
@@ -127,7 +127,7 @@ class Trainer:
         self.encoder = build_encoder(config.encoder, config.weights, domains, config.seed, size).to(self.device)
         self.optimiser = torch.optim.Adam(self.encoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.target_domain = 0 if source is None else 1
-        self.feature_bank = self.label_bank = None
+        self.feature_bank = self.label_bank = self.label_rows = self.means = None
         self.iteration, self.history = 0, []
         self.generator = torch.Generator().manual_seed(config.seed)
         sampler = lambda k: PseudoClassSampler(config.batch_size, config.n_instances, seed=2*config.seed + k)
@@ -165,13 +165,26 @@ def bank_features(self:Trainer, store, domain):
     "Features of all images of a store, in evaluation mode."
     return extract_features(self.encoder, store, batch_size=2*self.config.batch_size, device=self.device, domain=domain)
 
-@patch
-def label_features(self:Trainer, rows):
-    "What labels are found on: the target rows, without each camera's mean if the settings say so and cameras are known."
-    if self.target_cameras is None or not self.config.normalise_cameras: return rows
-    return normalise_cameras(rows, self.target_cameras)
-
 # %% ../nbs/21_training.ipynb #fb6e1bdc-2
+@patch
+def take_means(self:Trainer):
+    "Each camera's mean, if it is to be removed, and all rows without it."
+    rows = self.feature_bank.target
+    if self.target_cameras is None or not self.config.normalise_cameras: self.label_rows = rows
+    else:
+        self.means, self.mean_of = camera_means(rows, self.target_cameras)
+        self.remove_means()
+
+@patch
+def remove_means(self:Trainer, batch=None):
+    "Rows without their cameras' means: those of a batch, or all."
+    if self.means is None: return
+    rows, which = (self.feature_bank.target, self.mean_of) if batch is None else (self.feature_bank.target[batch], self.mean_of[batch])
+    rows = torch.nn.functional.normalize(rows - self.means[which], dim=1)
+    if batch is None: self.label_rows = rows
+    else: self.label_rows[batch] = rows
+
+# %% ../nbs/21_training.ipynb #fb6e1bdc-3
 @patch
 def start_banks(self:Trainer,
                 with_target=True, # also fill the target rows, and the label bank
@@ -179,19 +192,15 @@ def start_banks(self:Trainer,
                 ):
     "Initialise the feature bank with features extracted by the encoder, and the label bank by DBSCAN."
     config = self.config
-    rows = [torch.zeros(0, self.encoder.dim, device=self.device)]
-    if self.source is not None:
-        classes = self.source_classes.to(self.device)
-        rows = [cluster_means(self.bank_features(self.source, 0), classes, int(classes.max()) + 1)]
-    n_source = len(rows[0])
-    if with_target:
-        rows.append(self.bank_features(self.target, self.target_domain))
-        found = dict(eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2)
-        self.label_bank = LabelBank.from_features(self.label_features(rows[1]), config.levels, **found) if labels is None else LabelBank.from_labels(labels.to(self.device), config.levels)
-    rows = torch.nn.functional.normalize(torch.cat(rows), dim=1)
-    self.feature_bank = FeatureBank(rows, n_source=n_source, momentum=config.momentum)
+    target = self.bank_features(self.target, self.target_domain) if with_target else torch.zeros(0, self.encoder.dim, device=self.device)
+    source = (None, None) if self.source is None else (self.bank_features(self.source, 0), self.source_classes.to(self.device))
+    self.feature_bank = FeatureBank.from_features(target, *source, momentum=config.momentum)
+    if not with_target: return
+    self.take_means()
+    found = dict(eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2)
+    self.label_bank = LabelBank.from_features(self.label_rows, config.levels, **found) if labels is None else LabelBank.from_labels(labels.to(self.device), config.levels)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-3
+# %% ../nbs/21_training.ipynb #fb6e1bdc-4
 @patch
 def source_loss(self:Trainer, centres):
     "Draw a source batch; its loss, features and classes."
@@ -209,7 +218,7 @@ def target_loss(self:Trainer, centres, classes):
     loss = contrastive_loss(features, classes[batch.to(self.device)], centres, prototypes, self.config.temperature)
     return loss, features.detach(), batch.to(self.device)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-4
+# %% ../nbs/21_training.ipynb #fb6e1bdc-5
 @patch
 def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, merges …
     "One iteration of Algorithm 2 (with a source) or Algorithm 3 (without)."
@@ -227,11 +236,12 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
     if self.source is not None: bank.update_source(source_classes, source_features)
     if adapting:
         bank.update(batch, target_features)
+        self.remove_means(torch.unique(batch))
         row.update(self.update_labels(batch))
     self.iteration += 1
     return row
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-5
+# %% ../nbs/21_training.ipynb #fb6e1bdc-6
 @patch
 def descend(self:Trainer, loss):
     "One step of Adam at this iteration's rate."
@@ -245,7 +255,8 @@ def update_labels(self:Trainer, batch):
     "Algorithm 1 for the images of the batch, once the labels may move; counts per level."
     since = self.iteration - self.config.pretrain - self.config.label_start
     if since < 0 or since % self.config.label_every: return {}
-    report = self.dynamics(self.label_features(self.feature_bank.target), self.label_bank, batch)
+    if since % (100*self.config.label_every) == 0: self.take_means()
+    report = self.dynamics(self.label_rows, self.label_bank, batch)
     levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
     return {**levels, "adoptions": report.adoptions, "rejections": report.rejections, "moved": report.moved}
 
@@ -268,17 +279,18 @@ def unpack(tree, tensors):
     if set(tree) == {"tensor"}: return tensors[tree["tensor"]]
     return {int(k) if k.isdigit() else k: unpack(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-6
+# %% ../nbs/21_training.ipynb #fb6e1bdc-7
 @patch
 def state_dict(self:Trainer) -> dict:
     "All of it, as nested dicts of tensors."
     banks = {name: bank.state_dict() for name, bank in (("feature_bank", self.feature_bank), ("label_bank", self.label_bank)) if bank is not None}
+    if self.means is not None: banks["camera_means"] = {"means": self.means, "mean_of": self.mean_of}
     frame = pd.DataFrame(self.history)
     return dict(encoder=self.encoder.state_dict(), optimiser=self.optimiser.state_dict(), iteration=self.iteration, **banks,
                 samplers=[self.source_sampler.state_dict(), self.target_sampler.state_dict()], random=self.generator.get_state(),
                 columns=list(frame.columns), history=torch.as_tensor(frame.to_numpy("float64", copy=True, na_value=float("nan"))))
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-7
+# %% ../nbs/21_training.ipynb #fb6e1bdc-8
 @patch
 def load_state_dict(self:Trainer, state):
     "The inverse of state_dict."
@@ -286,7 +298,13 @@ def load_state_dict(self:Trainer, state):
     if "feature_bank" in state:
         self.feature_bank = FeatureBank(state["feature_bank"]["rows"].to(self.device))
         self.feature_bank.load_state_dict(state["feature_bank"])
-    if "label_bank" in state: self.label_bank = LabelBank(state["label_bank"]["labels"].to(self.device))
+    if "label_bank" in state:
+        self.label_bank = LabelBank(state["label_bank"]["labels"].to(self.device))
+        self.label_bank.load_state_dict(state["label_bank"])
+        self.label_rows = self.feature_bank.target
+    if "camera_means" in state:
+        self.means, self.mean_of = (state["camera_means"][k].to(self.device) for k in ("means", "mean_of"))
+        self.remove_means()
     for sampler, s in zip((self.source_sampler, self.target_sampler), state["samplers"]): sampler.load_state_dict(s)
     self.generator.set_state(state["random"])
     frame = pd.DataFrame(state["history"].numpy(), columns=state["columns"])
@@ -379,7 +397,7 @@ class Run:
         known = lambda images: images.cameras if images.has_cameras else None
         self.trainer = Trainer(config, ImageStore(t.paths, size), s and ImageStore(s.paths, size), s and s.classes(), known(t), s and known(s), device)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-8
+# %% ../nbs/21_training.ipynb #fb6e1bdc-9
 @patch
 def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and largest at the top
     "The state of the label bank, for the history and the progress bar."
@@ -399,7 +417,7 @@ def score(self:Run, stage):
     scores = evaluate_encoder(t.encoder, self.domain, self.size, number, self.device, self.stores)
     if scores: self.evaluations.append({"stage": stage, "iteration": t.iteration, **scores})
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-9
+# %% ../nbs/21_training.ipynb #fb6e1bdc-10
 @patch
 def milestone(self:Run):
     "What has to happen before the iteration that comes now."
@@ -414,7 +432,7 @@ def milestone(self:Run):
         self.start_target()
     elif t.iteration % c.evaluate_every == 0 and t.label_bank is not None: self.score(f"iteration {t.iteration}")
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-10
+# %% ../nbs/21_training.ipynb #fb6e1bdc-11
 @patch
 def start_target(self:Run):
     "Fill both banks; only an oracle is given the target's identities."
@@ -432,7 +450,7 @@ def load(self:Run):
     more = load_checkpoint(self.trainer, self.out/"checkpoint.safetensors")
     self.seconds, self.evaluations = more["seconds"], more["evaluations"]
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-11
+# %% ../nbs/21_training.ipynb #fb6e1bdc-12
 @patch
 def go(self:Run,
        progress=True, # show a bar
@@ -470,7 +488,7 @@ def status(history, # rows of Run.go, newest last
     if f"ari_{len(levels)}" in row: shown["ARI"] = f"{row[f'ari_{len(levels)}']:.2f}"
     return {**shown, "images/s": f"{images*len(recent)/sum(recent):.0f}"}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-12
+# %% ../nbs/21_training.ipynb #fb6e1bdc-13
 @patch
 def finish(self:Run):
     "Score the last encoder and write the results."

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .label_bank import LabelBank, contiguous
 from .members import padded, stretches
-from .merge import connected, from_first, join, merge_candidates, merge_edges, merge_scores, neighbourhood, square_of
+from .merge import forward, from_first, join, merge_candidates, merge_edges, merge_scores, neighbourhood, reached, square_of
 from .neighbors import cosines_within
 from .padded import farthest_anchors, rejoin_stack, split_large, split_stack
 from .propagation import affinity, mutual_top_k
@@ -400,18 +400,16 @@ def merge_level(self: ClusterDynamics,
     bank: LabelBank, # changed in place
     near: torch.Tensor, # (B, k) int64 neighbourhoods, each image of the batch first
     similarity: torch.Tensor, # (B, k, k) within them
+    linked: torch.Tensor, # (B, k) bool, neighbours to which a path above the cut leads
     h: int, # level as an index
     similar, # from cosine to similarity
 ) -> int: # clusters that disappeared
     "Merge the clusters of the batch at one level with those around them, all at once"
-    places, real = merge_candidates(bank.labels[h][near])
-    members = square_of(similarity, places)
-    kept, real = connected(members, self.cut, real)
+    places, real = merge_candidates(bank.labels[h][near], linked)
     some = (real.sum(1) > 1).nonzero()[:, 0]
     if not len(some): return 0
-    near, kept, real = near[some], kept[some], real[some]
-    found = near.gather(1, places[some].gather(1, kept))
-    edges = merge_edges(square_of(members[some], kept), real, self.mutual_k, self.cut)
+    near, places, real = near[some], places[some], real[some]
+    found, edges = near.gather(1, places), merge_edges(square_of(similarity, places, some), real, self.mutual_k, self.cut)
     labels = bank.labels[h][found]
     names, node = torch.unique(labels, return_inverse=True)
     images, length = bank.index(h).of(names)
@@ -423,7 +421,7 @@ def merge_level(self: ClusterDynamics,
     wanted = real & (from_first(affinity(similar(nodes), edges), self.alpha_m) > self.sigma)
     if self.confirm is not None: wanted &= similar(links) >= self.confirm
     if h + 1 < bank.n_levels: wanted &= bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]
-    return self.unite(bank, h, labels, wanted)
+    return self.unite(bank, h, labels, wanted) if wanted.any() else 0
 
 # %% ../nbs/16_dynamics.ipynb #80f88da9
 def moved_images(
@@ -458,14 +456,15 @@ def take_labels(
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-12
 @patch
-def follow_connected(self: ClusterDynamics,
+def follow_linked(self: ClusterDynamics,
     near: torch.Tensor, # (B, k) int64 neighbourhoods, each image first
     similarity: torch.Tensor, # (B, k, k) within them
+    linked: torch.Tensor, # (B, k) bool, neighbours to which a path above the cut leads
 ) -> torch.Tensor: # (B,) int64 image to follow; itself where nothing passes sigma
-    "`follow`, among the connected neighbours alone"
+    "`follow`, among the linked neighbours alone"
     if self.neighbour == 'nearest': return self.follow(near, similarity)
-    kept, _ = connected(similarity, self.cut)
-    return self.follow(near.gather(1, kept), square_of(similarity, kept))
+    places, _ = forward(linked)
+    return self.follow(near.gather(1, places), square_of(similarity, places))
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-13
 @patch
@@ -481,12 +480,13 @@ def __call__(self: ClusterDynamics,
     near, cosines = neighbourhood(features, rows, min(self.n_neighbours, len(features)))
     similar = self.similarity(features, near, cosines)
     near, similarity = near[:len(batch)], similar(cosines[:len(batch)])
-    p, splits, merges = self.follow_connected(near, similarity), [], []
+    linked = reached((similarity > self.cut) & (similarity.mT > self.cut))
+    p, splits, merges = self.follow_linked(near, similarity, linked), [], []
     with label_bank.recording() as journal:
         take_labels(label_bank, batch, chain_ends(batch, p))
         for h in range(label_bank.n_levels):
             splits.append(self.split_level(features, label_bank, batch, h, similar))
-            merges.append(self.merge_level(features, label_bank, near, similarity, h, similar))
+            merges.append(self.merge_level(features, label_bank, near, similarity, linked, h, similar))
     images, old = (torch.cat(x) for x in zip(*journal))
     rejections = int((p == batch).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, moved_images(label_bank, images, old)/label_bank.n_images)

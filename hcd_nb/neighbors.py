@@ -115,14 +115,15 @@ def knn(
 def cosines_within(
     features: torch.Tensor, # (N, d)
     sets: torch.Tensor, # (S, M) int64 rows of each set
-    tile: int = 2**20, # numbers gathered at a time
+    tile: int = 2**18, # numbers gathered at a time
 ) -> torch.Tensor: # (S, M, M), at least float32
     "The products of the rows of each set with one another"
     step = max(1, tile // max(1, sets.shape[1]*features.shape[1]))
     precision = torch.promote_types(features.dtype, torch.float32)
     out = torch.empty(*sets.shape, sets.shape[1], dtype=precision, device=features.device)
+    room = features.new_empty(min(step, len(sets))*sets.shape[1], features.shape[1])
     for s, o in zip(sets.split(step), out.split(step)):
-        rows = features.index_select(0, s.flatten()).to(precision).view(*s.shape, -1)
+        rows = torch.index_select(features, 0, s.flatten(), out=room[:s.numel()]).to(precision).view(*s.shape, -1)
         torch.bmm(rows, rows.mT, out=o)
     return out
 
@@ -173,12 +174,12 @@ def pair_cosines(
     features: torch.Tensor, # (N, d) unit rows
     i: np.ndarray, # (P,) int row numbers
     j: np.ndarray, # (P,) int row numbers
-    tile: int = 2**24, # numbers gathered at a time
+    tile: int = 2**18, # numbers gathered at a time
 ) -> np.ndarray: # (P,) cosines
     "Cosines of chosen pairs"
     ij = torch.from_numpy(np.stack([i, j]).astype(np.int64)).to(features.device)
     step = max(1, tile // features.shape[1])
-    parts = [(features[a] * features[b]).sum(1) for a, b in zip(ij[0].split(step), ij[1].split(step))]
+    parts = [torch.linalg.vecdot(features.index_select(0, a), features.index_select(0, b)) for a, b in zip(ij[0].split(step), ij[1].split(step))]
     return torch.cat(parts).cpu().numpy()
 
 # %% ../nbs/11_neighbors.ipynb #e3f78aaf

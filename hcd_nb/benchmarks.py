@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECES', 'seconds', 'ratio', 'print_extra_memory', 'extra_memory', 'features', 'updates', 'bench_update',
            'start_work', 'bench_start', 'evaluation_work', 'bench_evaluation', 'bench_loss', 'fits', 'bench_growth',
-           'machine', 'main']
+           'bench_million', 'machine', 'main']
 
 # %% ../nbs/70_benchmarks.ipynb #ccac3cc1
 import argparse
@@ -51,9 +51,9 @@ def ratio(
 def print_extra_memory(name, arguments):
     "Prepare some work, do it, and print by how many megabytes the process grew meanwhile"
     work = globals()[name](*arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = int(Path("/proc/self/statm").read_text().split()[1])*resource.getpagesize()
     work()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 - before/2**20)
 
 def extra_memory(
     name: str, # a function of this module that prepares some work and returns it
@@ -72,6 +72,7 @@ def features(
     dtype: str = "float32", # or bfloat16
     device: str = "cpu", # where
     noise: float = 1., # of each entry; an identity's entries have spread 1
+    shift: float = .5, # of each camera's entries
 ):
     "Unit rows (n, d), and who is who (n,) int64"
     import torch
@@ -81,7 +82,7 @@ def features(
     identity, camera = torch.randn(people, d, generator=g), torch.randn(6, d, generator=g)
     rows = torch.empty(n, d, dtype=getattr(torch, dtype), device=device)
     for i in torch.arange(n).split(4096):
-        x = identity[who[i]] + .5*camera[torch.randint(6, (len(i),), generator=g)] + noise*torch.randn(len(i), d, generator=g)
+        x = identity[who[i]] + shift*camera[torch.randint(6, (len(i),), generator=g)] + noise*torch.randn(len(i), d, generator=g)
         rows[i] = torch.nn.functional.normalize(x, dim=1).to(rows.dtype).to(device)
     return rows, who.to(device)
 
@@ -194,8 +195,27 @@ def bench_growth(device="cpu", sizes=(10**4, 10**5, 10**6), dimensions=(256, 204
                 out.append(dict(row, n=n, d=d, dtype=dtype, rest_ms=round(row["ms"] - row["floor_ms"], 2)))
     return out
 
-# %% ../nbs/70_benchmarks.ipynb #d73abb85
-PIECES = dict(update=bench_update, start=bench_start, evaluation=bench_evaluation, loss=bench_loss, growth=bench_growth)
+# %% ../nbs/70_benchmarks.ipynb #5dd64ae0
+def bench_million(device="cpu", n=10**6, d=256):
+    "Start labels at scale, step by step"
+    from sklearn.metrics import adjusted_rand_score
+    from hcd_nb.label_bank import dbscan
+    from hcd_nb.neighbors import encode, pairs_within, ranking, recall
+    rows, who = features(n, d, noise=.6, shift=0., device=device)
+    found, out = {}, []
+    def step(name, work):
+        began = time.perf_counter()
+        found[name] = work()
+        out.append(dict(what=name, seconds=round(time.perf_counter() - began, 1), size_MB=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)))
+    step("20 nearest, ivf", lambda: ranking(rows, 20, "ivf"))
+    step("encoding", lambda: encode(rows, found["20 nearest, ivf"]))
+    step("pairs within .6", lambda: pairs_within(found["encoding"], .6))
+    step("DBSCAN", lambda: dbscan(found["pairs within .6"], .6))
+    out[0]["recall"], out[-1]["ARI"] = round(recall(rows, 20, "ivf", 200), 3), round(adjusted_rand_score(who.cpu(), found["DBSCAN"]), 3)
+    return [dict(r, n=n, d=d) for r in out]
+
+# %% ../nbs/70_benchmarks.ipynb #ead850e6
+PIECES = dict(update=bench_update, start=bench_start, evaluation=bench_evaluation, loss=bench_loss, growth=bench_growth, million=bench_million)
 
 def machine(device):
     "What the figures were measured on; nothing that names a machine or its user"

@@ -108,22 +108,27 @@ def apply_augmentation(
 def augment(
     images: torch.Tensor, # (B, 3, h, w) uint8, any device
     generator: torch.Generator, # on the CPU: one seed gives one augmentation on every device
+    whole: int | None = None, # images of the batch, where `images` are only a part of it
+    part: slice = slice(None), # which part
 ) -> torch.Tensor: # (B, 3, h, w) uint8, same device
     "Random flip, shift and erased box, drawn for each image of a batch"
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f'images are {images.dtype} of shape {tuple(images.shape)}: augment takes bytes (uint8) of shape (batch, 3, height, width), before normalise_images')
     if generator.device.type != 'cpu': raise ValueError('the generator lives on a GPU: give one on the CPU, so that a seed means the same everywhere')
-    return apply_augmentation(images, draw_augmentation(len(images), images.shape[-2:], generator))
+    drawn = draw_augmentation(whole or len(images), images.shape[-2:], generator)
+    return apply_augmentation(images, Augmentation(*(v[part] for v in drawn[:4]), drawn.pad))
 
 # %% ../nbs/03_augmentation.ipynb #6f31f80c
 def jitter(
     images: torch.Tensor, # (B, 3, h, w) uint8, any device
     strength: float, # s, spread of the logarithms, 0 or more
     generator: torch.Generator, # on the CPU
+    whole: int | None = None, # images of the batch, where `images` are only a part of it
+    part: slice = slice(None), # which part
 ) -> torch.Tensor: # (B, 3, h, w) uint8, same device
     "Change gamma, white balance and saturation of each image at random"
     if not strength: return images
-    draw = torch.exp(strength*torch.randn(6, len(images), generator=generator)).to(images.device)
+    draw = torch.exp(strength*torch.randn(6, whole or len(images), generator=generator))[:, part].to(images.device)
     gamma, gain, saturation = draw[0].view(-1, 1, 1, 1), (draw[1]*draw[2:5]**.5).T[:, :, None, None], draw[5].view(-1, 1, 1, 1)
     x = (gain*(images/255).clamp(min=1e-3)**gamma).clamp(0, 1)
     grey = x.mean(1, keepdim=True)

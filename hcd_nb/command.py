@@ -68,21 +68,28 @@ def closing_words(run, words): # training.Run, the table
 def start(args):
     "Carry out the typed words."
     config, device = configure(args), choose_device(args.device)
+    from hcd_nb.processes import rank, size, started
     from hcd_nb.report import write_report
     from hcd_nb.training import train
     out = args.resume or args.out or f"runs/{config.method}-{config.seed}"
     if not args.resume and (Path(out)/"checkpoint.safetensors").exists():
         raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another folder with --out.")
-    print(f"{config.target}{' from ' + config.source if config.source else ''}: {config.encoder} at {config.height}×{config.width} on {device}, "
-          f"{config.pretrain:,} + {config.iterations:,} iterations", flush=True)
-    run = train(config, out, device, resume=bool(args.resume))
+    with started(device) as device:
+        if rank() == 0: print(f"{config.target}{' from ' + config.source if config.source else ''}: {config.encoder} at {config.height}×{config.width} on {device}, "
+                              f"{config.pretrain:,} + {config.iterations:,} iterations{f', {size()} processes' if size() > 1 else ''}", flush=True)
+        run = train(config, out, device, resume=bool(args.resume))
+        if rank(): return 0 if run.done else 130
     for note in [*run.domain.notes, *([run.trainer.encoder.report] if run.trainer.encoder.report else [])]: print(note)
     print(closing_words(run, write_report(run) if run.done else ""))
     return 0 if run.done else 130
 
-def main(argv=None) -> int: # exit status: 0 done, 2 what was typed or read is wrong, 130 stopped by Ctrl-C
+def main(argv=None) -> int: # exit status: 0 done, 1 another process was lost, 2 what was typed or read is wrong, 130 stopped by Ctrl-C
     "The console script hcd_train."
     try: return start(parser().parse_args(argv))
     except (ValueError, OSError) as e:
         print(f"hcd_train: {e}", file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        if type(e).__name__ != "ProcessLost": raise
+        print(f"hcd_train: {e}", file=sys.stderr)
+        return 1

@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag, normalize
 
 # %% ../nbs/10_feature_bank.ipynb #116da901
 def cluster_means(
-    rows: torch.Tensor, # (N, d) float
+    rows: torch.Tensor, # (N, d) float, or `processes.ShardedRows`
     classes: torch.Tensor, # (n,) int64 in 0..n_classes-1
     n_classes: int, # C; every class must have a member
     images: torch.Tensor | None = None, # (n,) int64, the rows that are meant; all of them when None
@@ -23,8 +23,11 @@ def cluster_means(
     count = torch.bincount(classes, minlength=n_classes)
     if len(count) > n_classes or (count == 0).any():
         raise ValueError(f'classes must use every number from 0 to {n_classes - 1} and no other; number them with label_bank.contiguous.')
+    if images is None and hasattr(rows, 'class_sums'): return rows.class_sums(classes, n_classes) / count[:, None]
     order = classes.argsort(stable=True)
-    return embedding_bag(order if images is None else images[order], rows, count.cumsum(0) - count, mode='mean')
+    if images is not None: order = images[order]
+    if hasattr(rows, 'fetch'): rows, order = rows.fetch(order), torch.arange(len(order), device=order.device)
+    return embedding_bag(order, rows, count.cumsum(0) - count, mode='mean')
 
 # %% ../nbs/10_feature_bank.ipynb #d0cc4255
 def check_rows(

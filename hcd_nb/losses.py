@@ -43,5 +43,5 @@ def contrastive_loss(
     if len({table.shape[1] for table in tables}) > 1: raise ValueError(f'prototypes have {tables[0].shape[1]} columns and centres {centres.shape[1]}: both must come from one encoder')
     check_batch(features, targets, centres.shape[1], len(tables[0]) if domain == 'source' else len(centres), domain)
     scaled = features / temperature
-    logits = torch.cat([scaled @ table.T for table in tables], 1)
+    logits = torch.cat([scaled @ table.to(scaled.dtype).T for table in tables], 1)
     return F.cross_entropy(logits, targets if domain == 'source' or prototypes is None else targets + len(prototypes))

@@ -96,7 +96,7 @@ def refined(
 # %% ../nbs/11_neighbors.ipynb #34f28359
 def knn(
     queries: torch.Tensor, # (Q, d) unit rows
-    bank: torch.Tensor, # (N, d) unit rows
+    bank: torch.Tensor, # (N, d) unit rows, or `processes.ShardedRows`
     k: int, # neighbours of each query; at most N come back
     own: torch.Tensor | None = None, # (Q,) int64, the query's own row in the bank: always ranked first
     tile: int = 2**24, # numbers of the product held at a time
@@ -104,6 +104,7 @@ def knn(
 ) -> tuple[torch.Tensor, torch.Tensor]: # cosines (Q, k) descending, indices (Q, k) int64
     "The `k` rows of the bank nearest to each query"
     check_search(queries, bank, k)
+    if hasattr(bank, 'search'): return bank.search(queries, min(k, len(bank)), own)
     if index != 'exact': return approximate(check_features(queries, 'queries'), check_features(bank, 'bank'), min(k, len(bank)), own, index)
     rows, k, parts = max(1, tile // len(bank)), min(k, len(bank)), []
     for start in range(0, len(queries), rows):
@@ -116,11 +117,14 @@ def knn(
 
 # %% ../nbs/11_neighbors.ipynb #f5843102
 def cosines_within(
-    features: torch.Tensor, # (N, d)
+    features: torch.Tensor, # (N, d), or `processes.ShardedRows`
     sets: torch.Tensor, # (S, M) int64 rows of each set
     tile: int = 2**18, # numbers gathered at a time
 ) -> torch.Tensor: # (S, M, M), at least float32
     "The products of the rows of each set with one another"
+    if hasattr(features, 'fetch'):
+        names, sets = torch.unique(sets, return_inverse=True)
+        features = features.fetch(names)
     step = max(1, tile // max(1, sets.shape[1]*features.shape[1]))
     precision = torch.promote_types(features.dtype, torch.float32)
     out = torch.empty(*sets.shape, sets.shape[1], dtype=precision, device=features.device)

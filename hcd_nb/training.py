@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -33,12 +33,14 @@ import hcd_nb
 from .augmentation import augment, jitter, normalise_images
 from .data import DataError, read_domain
 from .dynamics import ClusterDynamics
-from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
+from .encoder import build_encoder, extract_features, load_weights, one_domain, replace_modules, save_encoder
 from .evaluation import adjusted_rand_index, camera_means, evaluate, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
 from .images import ImageStore
-from .label_bank import LabelBank
+from .label_bank import LabelBank, NoClusters, draw_k_distances
 from .losses import contrastive_loss
+from .neighbors import recall
+from .processes import GlobalBatchNorm, ShardedBank, ShardedRows, any_of, average_gradients, from_first, gathered, rank, share, size
 from .sampler import PseudoClassSampler
 
 # %% ../nbs/21_training.ipynb #610620fe
@@ -79,6 +81,7 @@ class RunConfig(Config):
     min_samples:int = 3          # DBSCAN core size
     k1:int = 20                  # k-reciprocal neighbours of the Jaccard distance
     k2:int = 6                   # query expansion of the Jaccard distance
+    index:str = "exact"          # how neighbours of the first labels are found: exact, or faiss's ivf or hnsw for very large sets
     dynamics:str = "default"     # default or paper
     sigma:float = .25            # σ, merge threshold
     alpha_s:float = .99          # propagation strength of split
@@ -123,11 +126,13 @@ class Trainer:
                 ):
         self.config, self.target, self.source, self.device = config, target, source, torch.device(device)
         self.source_classes, self.target_cameras, self.source_cameras = source_classes, target_cameras, source_cameras
-        size, domains = (config.height, config.width), 1 if source is None else 2
-        self.encoder = build_encoder(config.encoder, config.weights, domains, config.seed, size).to(self.device)
+        size_of, domains = (config.height, config.width), 1 if source is None else 2
+        self.encoder = build_encoder(config.encoder, config.weights, domains, config.seed, size_of).to(self.device)
+        if config.batch_size % size(): raise ValueError(f"A batch of {config.batch_size} images cannot be shared evenly by {size()} processes: set batch_size to a multiple of it.")
+        if size() > 1: replace_modules(self.encoder, torch.nn.modules.batchnorm._BatchNorm, GlobalBatchNorm)
         self.optimiser = torch.optim.Adam(self.encoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.target_domain = 0 if source is None else 1
-        self.feature_bank = self.label_bank = self.label_rows = self.means = None
+        self.feature_bank = self.label_bank = self.label_rows = self.means = self.recall = None
         self.iteration, self.history = 0, []
         self.generator = torch.Generator().manual_seed(config.seed)
         sampler = lambda k: PseudoClassSampler(config.batch_size, config.n_instances, seed=2*config.seed + k)
@@ -150,20 +155,22 @@ def encode(self:Trainer,
            indices, # (B,) int64
            domain,  # which batch norm: 0 the source's, or the only one; 1 the target's
            ):
-    "Unit features (B, d) of augmented images, with their graph."
-    images = store[indices].to(self.device)
-    if store is self.source: images = jitter(images, self.config.jitter, self.generator)
-    images = normalise_images(augment(images, self.generator))
+    "Unit features of augmented images, with their graph: of this process's share of the batch, which is all of it with one process."
+    part = share(len(indices))
+    images = store[indices[part]].to(self.device)
+    if store is self.source: images = jitter(images, self.config.jitter, self.generator, len(indices), part)
+    images = normalise_images(augment(images, self.generator, len(indices), part))
     bf16 = self.config.precision == "bf16"
     with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
         features = self.encoder(images, domain=domain)
-    return features.float()
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-1
 @patch
 def bank_features(self:Trainer, store, domain):
     "Features of all images of a store, in evaluation mode."
-    return extract_features(self.encoder, store, batch_size=2*self.config.batch_size, device=self.device, domain=domain)
+    own = torch.arange(len(store))[share(len(store))]
+    return gathered(extract_features(self.encoder, store, own, batch_size=2*self.config.batch_size, device=self.device, domain=domain))
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-2
 @patch
@@ -172,17 +179,19 @@ def take_means(self:Trainer):
     rows = self.feature_bank.target
     if self.target_cameras is None or not self.config.normalise_cameras: self.label_rows = rows
     else:
-        self.means, self.mean_of = camera_means(rows, self.target_cameras)
+        self.means, self.mean_of = camera_means(rows if size() == 1 else rows.whole(), self.target_cameras)
         self.remove_means()
 
 @patch
 def remove_means(self:Trainer, batch=None):
     "Rows without their cameras' means: those of a batch, or all."
     if self.means is None: return
-    rows, which = (self.feature_bank.target, self.mean_of) if batch is None else (self.feature_bank.target[batch], self.mean_of[batch])
-    rows = torch.nn.functional.normalize(rows - self.means[which], dim=1)
-    if batch is None: self.label_rows = rows
-    else: self.label_rows[batch] = rows
+    target, shared = self.feature_bank.target, size() > 1
+    own, which = (target.own, self.mean_of[target.start:][:len(target.own)]) if shared else (target, self.mean_of)
+    places = slice(None) if batch is None else target.mine(batch)[1] if shared else batch
+    rows = torch.nn.functional.normalize(own[places] - self.means[which[places]], dim=1)
+    if batch is None: self.label_rows = ShardedRows(rows) if shared else rows
+    else: (self.label_rows.own if shared else self.label_rows)[places] = rows
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-3
 @patch
@@ -196,9 +205,21 @@ def start_banks(self:Trainer,
     source = (None, None) if self.source is None else (self.bank_features(self.source, 0), self.source_classes.to(self.device))
     self.feature_bank = FeatureBank.from_features(target, *source, momentum=config.momentum)
     if not with_target: return
+    rows = target if self.target_cameras is None or not config.normalise_cameras else normalise_cameras(target, self.target_cameras)
+    found = dict(eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2, index=config.index)
+    if labels is not None: self.label_bank = LabelBank.from_labels(labels.to(self.device), config.levels)
+    else: self.label_bank = self.first_labels(rows, **found)
+    if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
     self.take_means()
-    found = dict(eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2)
-    self.label_bank = LabelBank.from_features(self.label_rows, config.levels, **found) if labels is None else LabelBank.from_labels(labels.to(self.device), config.levels)
+
+@patch
+def first_labels(self:Trainer, rows, **found):
+    "DBSCAN's label bank; the first process looks for it."
+    if rank() == 0:
+        bank = LabelBank.from_features(rows, self.config.levels, **found)
+        if found["index"] != "exact": self.recall = recall(rows, found["k1"], found["index"])
+    else: bank = LabelBank(torch.zeros(self.config.levels, len(self.target), dtype=torch.long, device=self.device))
+    return LabelBank(from_first(bank.labels.contiguous()))
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-4
 @patch
@@ -206,8 +227,8 @@ def source_loss(self:Trainer, centres):
     "Draw a source batch; its loss, features and classes."
     batch = self.source_sampler.batch(self.source_classes, self.source_cameras)
     features, classes = self.encode(self.source, batch, 0), self.source_classes[batch].to(self.device)
-    loss = contrastive_loss(features, classes, centres, self.feature_bank.source, self.config.temperature, domain="source")
-    return loss, features.detach(), classes
+    loss = contrastive_loss(features, classes[share(len(batch))], centres, self.feature_bank.source, self.config.temperature, domain="source")
+    return loss, gathered(features.detach()), classes
 
 @patch
 def target_loss(self:Trainer, centres, classes):
@@ -215,8 +236,8 @@ def target_loss(self:Trainer, centres, classes):
     batch = self.target_sampler.batch(classes.cpu(), self.target_cameras)
     features = self.encode(self.target, batch, self.target_domain)
     prototypes = None if self.source is None else self.feature_bank.source
-    loss = contrastive_loss(features, classes[batch.to(self.device)], centres, prototypes, self.config.temperature)
-    return loss, features.detach(), batch.to(self.device)
+    loss = contrastive_loss(features, classes[batch.to(self.device)][share(len(batch))], centres, prototypes, self.config.temperature)
+    return loss, gathered(features.detach()), batch.to(self.device)
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-5
 @patch
@@ -228,10 +249,10 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
         classes, n_classes = self.label_bank.class_index()
         centres = cluster_means(bank.target, classes, n_classes)
         loss, target_features, batch = self.target_loss(centres, classes)
-        losses.append(loss); row["target_loss"] = loss.item()
+        losses.append(loss); row["target_loss"] = gathered(loss.detach()[None]).mean().item()
     if self.source is not None:
         loss, source_features, source_classes = self.source_loss(centres)
-        losses.append(loss); row["source_loss"] = loss.item()
+        losses.append(loss); row["source_loss"] = gathered(loss.detach()[None]).mean().item()
     self.descend(sum(losses))
     if self.source is not None: bank.update_source(source_classes, source_features)
     if adapting:
@@ -248,6 +269,7 @@ def descend(self:Trainer, loss):
     for group in self.optimiser.param_groups: group["lr"] = learning_rate(self.config, self.iteration)
     self.optimiser.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(self.encoder.parameters())
     self.optimiser.step()
 
 @patch
@@ -301,6 +323,7 @@ def load_state_dict(self:Trainer, state):
     if "label_bank" in state:
         self.label_bank = LabelBank(state["label_bank"]["labels"].to(self.device))
         self.label_bank.load_state_dict(state["label_bank"])
+        if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
         self.label_rows = self.feature_bank.target
     if "camera_means" in state:
         self.means, self.mean_of = (state["camera_means"][k].to(self.device) for k in ("means", "mean_of"))
@@ -325,7 +348,7 @@ def save_checkpoint(trainer, # Trainer
                     ):
     "Write everything the trainer holds, atomically."
     tree, tensors = pack({**trainer.state_dict(), "more": more})
-    write_whole(file, lambda part: save_file(tensors, part, metadata={"state": json.dumps(tree)}))
+    if rank() == 0: write_whole(file, lambda part: save_file(tensors, part, metadata={"state": json.dumps(tree)}))
 
 def load_checkpoint(trainer, # Trainer of the same configuration
                     file,    # path that save_checkpoint wrote
@@ -412,6 +435,7 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
 @patch
 def score(self:Run, stage):
     "Evaluate the encoder on the target's test images and keep the figures under this stage's name."
+    if rank(): return
     t = self.trainer
     number = t.target_domain if t.label_bank is not None else 0
     scores = evaluate_encoder(t.encoder, self.domain, self.size, number, self.device, self.stores)
@@ -436,7 +460,11 @@ def milestone(self:Run):
 @patch
 def start_target(self:Run):
     "Fill both banks; only an oracle is given the target's identities."
-    self.trainer.start_banks(labels=self.domain.train.identities if self.config.method == "oracle" else None)
+    try: self.trainer.start_banks(labels=self.domain.train.identities if self.config.method == "oracle" else None)
+    except NoClusters as e:
+        picture = self.out/"k_distances.png"
+        draw_k_distances(e.curve, e.eps, e.better).savefig(picture)
+        raise NoClusters(f"{e} The distances are drawn in {picture}.", e.curve, e.eps, e.better) from None
 
 @patch
 def save(self:Run):
@@ -459,7 +487,7 @@ def go(self:Run,
     "Iterate to the end, or until Ctrl-C; the checkpoint is written in either case."
     t, c = self.trainer, self.config
     total = c.pretrain + c.iterations
-    with interruptible() as asked, tqdm(total=total, initial=t.iteration, disable=not progress, unit="it", dynamic_ncols=True, mininterval=1) as bar:
+    with interruptible() as asked, tqdm(total=total, initial=t.iteration, disable=not progress or rank() > 0, unit="it", dynamic_ncols=True, mininterval=1) as bar:
         while t.iteration < total:
             began = time.perf_counter()
             self.milestone()
@@ -470,7 +498,7 @@ def go(self:Run,
             t.history.append({**row, "seconds": now - iterating})
             self.seconds += now - began
             bar.update(); bar.set_postfix(status(t.history, c.batch_size*(bool(c.source) + (t.label_bank is not None))), refresh=False)
-            stopping = asked["stop"] or t.iteration == stop_at
+            stopping = any_of(asked["stop"], t.device) or t.iteration == stop_at
             if stopping or t.iteration % c.save_every == 0 or t.iteration == total: self.save()
             if stopping and t.iteration < total: return False
     self.finish()
@@ -498,6 +526,7 @@ def finish(self:Run):
         self.score("after" if t.label_bank is not None else "direct transfer")
         self.seconds += time.perf_counter() - began
     self.save()
+    if rank(): return
     save_encoder(one_domain(t.encoder, t.target_domain if t.label_bank is not None else 0), self.out/"encoder.safetensors")
     pd.DataFrame(self.evaluations).to_csv(self.out/"evaluations.csv", index=False)
     pd.DataFrame(t.history).to_parquet(self.out/"history.parquet", index=False)
@@ -520,7 +549,10 @@ def surroundings(device) -> dict: # commit, versions, device, cores
     except OSError: commit = ""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__}
-    return dict(commit=commit, versions=versions, device=gpu or str(device), processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads())
+    with suppress(ImportError):
+        import faiss
+        versions["faiss"] = faiss.__version__ + (" with GPUs" if getattr(faiss, "get_num_gpus", int)() else "")
+    return dict(commit=commit, versions=versions, device=gpu or str(device), processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), processes=size())
 
 @patch
 def record(self:Run) -> dict:
@@ -530,7 +562,7 @@ def record(self:Run) -> dict:
     counts = dict(train=len(self.domain.train), query=len(self.domain.query or []), gallery=len(self.domain.gallery or []), skipped=self.domain.skipped)
     weights = asdict(t.encoder.report) if t.encoder.report else self.config.weights
     return dict(command=command, config=asdict(self.config), weights=weights, seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),
-                seconds=round(self.seconds, 1), images=counts, notes=self.domain.notes, labels=last, evaluations=self.evaluations)
+                seconds=round(self.seconds, 1), images=counts, notes=self.domain.notes, **({"recall": round(t.recall, 3)} if t.recall else {}), labels=last, evaluations=self.evaluations)
 
 # %% ../nbs/21_training.ipynb #a403356f
 def settled(config) -> RunConfig: # a copy; settling it again changes nothing
@@ -556,7 +588,7 @@ def train(config,         # RunConfig, see make_config
     run = Run(config, out, device)
     if config.method == "oracle" and not run.domain.train.has_identities: raise DataError(f"The target {config.target} has no identities: an oracle needs them.")
     run.out.mkdir(parents=True, exist_ok=True)
-    (run.out/"config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    if rank() == 0: (run.out/"config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     if resume: run.load()
     run.done = run.go(progress, stop_at)
     return run

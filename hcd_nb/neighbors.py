@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_features', 'largest', 'own_first', 'nearest_of', 'check_search', 'refined', 'knn', 'cosines_within',
-           'faiss_index', 'approximate', 'recall', 'ranking', 'neighbour_matrix', 'reciprocal_neighbours',
-           'expanded_neighbours', 'pair_cosines', 'expand_queries', 'encode', 'distance_of', 'overlaps', 'encoding',
-           'pairs_within', 'jaccard_neighbours', 'k_distances', 'jaccard_distance']
+           'check_index', 'faiss_index', 'approximate', 'recall', 'ranking', 'neighbour_matrix',
+           'reciprocal_neighbours', 'expanded_neighbours', 'pair_cosines', 'expand_queries', 'encode', 'distance_of',
+           'overlaps', 'encoding', 'pairs_within', 'jaccard_neighbours', 'k_distances', 'jaccard_distance']
 
-# %% ../nbs/11_neighbors.ipynb #344de335
+# %% ../nbs/11_neighbors.ipynb #bb79fa86
+from importlib.util import find_spec
+
 import numpy as np
 import torch
 from scipy import sparse
@@ -134,15 +136,22 @@ def cosines_within(
         torch.bmm(rows, rows.mT, out=o)
     return out
 
+# %% ../nbs/11_neighbors.ipynb #c77f9a32
+def check_index(
+    index: str, # how neighbours are to be found
+) -> None:
+    "Raise `ValueError` for an index that does not exist, or that needs faiss where there is none"
+    if index not in ('exact', 'ivf', 'hnsw'): raise ValueError(f"index is {index!r}: it is 'exact', 'ivf' or 'hnsw'.")
+    if index != 'exact' and find_spec('faiss') is None: raise ValueError(f"index={index!r} needs faiss, which is not installed: pip install 'hcd_nb[faiss]', or use index='exact'.")
+
 # %% ../nbs/11_neighbors.ipynb #d28ed9d6
 def faiss_index(
     bank: np.ndarray, # (N, d) float32 unit rows
     kind: str, # 'ivf' or 'hnsw'
 ):
     "A faiss index of a bank, without its rows"
-    if kind not in ('ivf', 'hnsw'): raise ValueError(f"index is {kind!r}: it is 'exact', 'ivf' or 'hnsw'.")
-    try: import faiss
-    except ImportError: raise ValueError(f"index='{kind}' needs faiss, which is not installed: pip install 'hcd_nb[faiss]', or use index='exact'.") from None
+    check_index(kind)
+    import faiss
     n, d = bank.shape
     if kind == 'hnsw':
         index = faiss.IndexHNSWFlat(d, 32, faiss.METRIC_INNER_PRODUCT)

@@ -39,7 +39,7 @@ from .feature_bank import FeatureBank, cluster_means
 from .images import ImageStore
 from .label_bank import LabelBank, NoClusters, draw_k_distances
 from .losses import contrastive_loss
-from .neighbors import recall
+from .neighbors import check_index, recall
 from .processes import GlobalBatchNorm, ShardedBank, ShardedRows, any_of, average_gradients, from_first, gathered, rank, share, size
 from .sampler import PseudoClassSampler
 
@@ -570,6 +570,7 @@ def settled(config) -> RunConfig: # a copy; settling it again changes nothing
     c = replace(config)
     if c.method not in ("hcd", "direct", "oracle"): raise ValueError(f"There is no method {c.method!r}; the methods are: hcd, direct, oracle.")
     if c.method == "direct" and not c.source: raise ValueError("Method direct trains on the source alone: name one with --source.")
+    check_index(c.index)
     if not c.source: c.pretrain = 0
     if c.method == "direct": c.pretrain, c.iterations = c.pretrain or c.iterations, 0
     if c.method == "oracle": c.label_start = c.iterations

@@ -34,7 +34,7 @@ def check_rows(
     rows: torch.Tensor, # (N, d)
 ) -> torch.Tensor: # the same tensor
     "Pass rows on unless one is not finite"
-    bad = (~torch.isfinite(rows).all(1)).nonzero()[:, 0]
+    bad = (~torch.cat([torch.isfinite(x).all(1) for x in rows.split(1024)])).nonzero()[:, 0]
     if len(bad): raise ValueError(f'row {bad[0].item()} of {len(rows)} has NaN or infinite entries: the encoder has diverged (lower the learning rate) or an image could not be read.')
     return rows
 

@@ -50,7 +50,7 @@ def largest(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (Q, k) values descending, (Q, k) columns
     "The `k` largest entries of each row, the lower column first where they are equal"
     pieces, end = values.shape[1]//64, values.shape[1]//64*64
-    if pieces < 2*k: return in_order(values, k, ties)
+    if pieces < 8*k: return in_order(values, k, ties)
     piece = in_order(values[:, :end].unflatten(1, (pieces, 64)).amax(2), k, ties)[1].sort(dim=1).values
     columns = (64*piece[:, :, None] + torch.arange(64, device=values.device)).flatten(1)
     rest = torch.arange(end, values.shape[1], device=values.device).expand(len(values), -1)

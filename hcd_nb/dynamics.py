@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from .label_bank import LabelBank, contiguous
-from .members import padded, stretches
+from .members import padded
 from .merge import forward, from_first, join, merge_candidates, merge_edges, merge_scores, neighbourhood, reached, square_of
 from .neighbors import cosines_within
 from .padded import farthest_anchors, rejoin_stack, split_large, split_stack

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from .label_bank import contiguous
-from .propagation import affinity, edge_weights, mutual_top_k, normalised, propagate, propagate_sparse
+from .propagation import affinity, edge_weights, mutual_top_k, propagate, propagate_sparse
 from .split import first_largest, loudest
 
 # %% ../nbs/15_padded.ipynb #1dcb758e

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import embedding_bag
 
 from .feature_bank import FeatureBank, check_indices, momentum_step
-from .neighbors import check_features, largest, nearest_of, own_first
+from .neighbors import check_features, largest, own_first
 
 # %% ../nbs/12_processes.ipynb #5b1bc8d9
 class ProcessLost(RuntimeError):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_features', 'in_order', 'largest', 'own_first', 'nearest_of', 'check_search', 'refined', 'best_in_blocks', 'knn',
-           'cosines_within', 'check_index', 'faiss_index', 'approximate', 'recall', 'ranking', 'neighbour_matrix',
-           'reciprocal_neighbours', 'expanded_neighbours', 'pair_cosines', 'expand_queries', 'encode', 'distance_of',
-           'overlaps', 'encoding', 'pairs_within', 'jaccard_neighbours', 'k_distances', 'jaccard_distance']
+           'cosines_within', 'check_index', 'faiss_index', 'approximate', 'evenly', 'recall', 'ranking',
+           'neighbour_matrix', 'reciprocal_neighbours', 'expanded_neighbours', 'pair_cosines', 'expand_queries',
+           'encode', 'distance_of', 'overlaps', 'encoding', 'pairs_within', 'jaccard_neighbours', 'k_distances',
+           'jaccard_distance']
 
 # %% ../nbs/11_neighbors.ipynb #bb79fa86
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from scipy import sparse
+from .feature_bank import bad_rows
 
 # %% ../nbs/11_neighbors.ipynb #a8d03fa1
 def check_features(
@@ -22,7 +24,7 @@ def check_features(
 ) -> torch.Tensor: # the same tensor
     "Pass rows of features on, or say what is wrong with them"
     if features.ndim != 2 or not len(features): raise ValueError(f'the {name} have shape {tuple(features.shape)}: give at least one row, (N, d).')
-    bad = (~torch.cat([torch.isfinite(x).all(1) for x in features.split(1024)])).nonzero()[:, 0]
+    bad = bad_rows(features)
     if len(bad): raise ValueError(f'{len(bad)} of {len(features)} rows of the {name} have NaN or infinite entries, the first is row {bad[0].item()}: check the encoder that made them (a diverged training or an image without content).')
     return features
 
@@ -219,6 +221,15 @@ def approximate(
     if len(short): top[short], column[short] = knn(queries[short].float(), bank.float(), k, None if own is None else own[short])
     return top, column
 
+# %% ../nbs/11_neighbors.ipynb #c2ba1544
+def evenly(
+    n: int, # images
+    count: int, # how many at most
+    device: torch.device | str | None = None, # where
+) -> torch.Tensor: # (min(count, n),) int64, rising
+    "Images evenly spread over all of them"
+    return torch.linspace(0, n - 1, min(count, n), device=device, dtype=torch.float64).round().long()
+
 # %% ../nbs/11_neighbors.ipynb #6009c4f6
 def recall(
     features: torch.Tensor, # (N, d) unit rows
@@ -227,7 +238,7 @@ def recall(
     sample: int = 500, # images asked, evenly spread
 ) -> float: # 0..1
     "Share of the true neighbours that an index finds"
-    some = torch.linspace(0, len(features) - 1, min(sample, len(features))).round().long().to(features.device)
+    some = evenly(len(features), sample, features.device)
     truth, found = (knn(features[some], features, k, own=some, index=i)[1] for i in ('exact', index))
     return float((truth[:, :, None] == found[:, None]).any(2).float().mean())
 

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from .label_bank import contiguous
 from .propagation import affinity, edge_weights, mutual_top_k, propagate, propagate_sparse
-from .split import first_largest, loudest
+from .split import farthest_of, first_largest, loudest
 
 # %% ../nbs/15_padded.ipynb #1dcb758e
 def farthest_anchors(
@@ -143,13 +143,8 @@ def split_large(
     similar, # from cosine to similarity
 ) -> torch.Tensor: # (n,) int64 group of each unit, numbered by first appearance
     "`split.split_units` with farthest-first anchors, for a cluster of thousands of units"
-    anchors, heard = [start], similar((rows @ rows[start]).float())
-    while len(anchors) < min(n_anchors, len(rows)):
-        far = int(first_largest(-heard))
-        if heard[far] >= 1 - 1e-6: break
-        anchors.append(far)
-        heard = torch.maximum(heard, similar((rows @ rows[far]).float()))
+    anchors = farthest_of(lambda unit: similar((rows @ rows[unit]).float()), start, n_anchors)
     if len(anchors) == 1: return torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     S = sparse_affinity(*mutual_edges(rows, mutual_k, cut, similar), len(rows))
-    Y = one_hot(torch.tensor(anchors, device=rows.device), len(rows)).T.to(S.dtype)
+    Y = one_hot(anchors, len(rows)).T.to(S.dtype)
     return contiguous(loudest(propagate_sparse(S, Y, alpha)[0]))[0]

@@ -424,10 +424,11 @@ class Run:
 @patch
 def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and largest at the top
     "The state of the label bank, for the history and the progress bar."
-    labels, row, identities = self.trainer.label_bank.labels.cpu(), {}, self.domain.train.identities
+    bank, row, identities = self.trainer.label_bank, {}, self.domain.train.identities
     known = identities >= 0
-    for h, level in enumerate(labels):
-        counts = torch.unique(level, return_counts=True)[1]
+    for h, level in enumerate(bank.labels.cpu()):
+        counts = bank.index(h).count
+        counts = counts[counts > 0]
         row[f"clusters_{h + 1}"] = len(counts)
         if self.domain.train.has_identities: row[f"ari_{h + 1}"] = adjusted_rand_index(level[known], identities[known])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}

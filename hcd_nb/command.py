@@ -11,14 +11,14 @@ import json
 import sys
 from pathlib import Path
 
-# %% ../nbs/23_command.ipynb #06cd1edc
-SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrain", "iterations", "test_share")
+# %% ../nbs/23_command.ipynb #dde6b5a5
+SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrain", "iterations", "test_share", "on_collapse")
 
 def parser() -> argparse.ArgumentParser:
     "The words that hcd_train understands."
     p = argparse.ArgumentParser("hcd_train", description="Adapt a person re-identification encoder to cameras it has never seen, without labels.")
     p.add_argument("--preset", default="full", help="full (the default: 24,000 iterations of ResNet-50, made for a GPU), paper (the same with the paper's form of Algorithm 1) or demo (minutes on two CPU cores)")
-    p.add_argument("--method", help="hcd (default); direct: train on the source alone and score it on the target; oracle: give the target its true identities")
+    p.add_argument("--method", help="hcd (default); dbscan: find all labels anew at every epoch; direct: train on the source alone and score it on the target; oracle: give the target its true identities")
     p.add_argument("--source", help="labelled set: pedestrians/source, a folder, or a CSV; left out: the target alone (Algorithm 3)")
     p.add_argument("--target", help="unlabelled set: pedestrians/target, a folder of crops, or a CSV with the columns path, identity, camera, split")
     p.add_argument("--encoder", help="resnet50 (paper), resnet18, resnet34, mobilenet_v2, resnet10s (demo)")
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1 …; left out: a GPU if there is one")
     p.add_argument("--out", help="folder of the run; left out: runs/METHOD-SEED")
     p.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    p.add_argument("--on-collapse", choices=("stop", "reinit", "continue"), help="when the labels run away: stop (the default; everything is saved), reinit: find them anew, or continue; may change on --resume")
     return p
 
 # %% ../nbs/23_command.ipynb #1d018e60
@@ -41,7 +42,7 @@ def configure(args): # of parser()
     if args.resume:
         file = Path(args.resume)/"config.json"
         if not file.exists(): raise ValueError(f"There is no run to resume in {args.resume}: {file} is missing; --resume takes the folder given as --out before.")
-        return RunConfig(**json.loads(file.read_text()))
+        return RunConfig(**{**json.loads(file.read_text()), **({"on_collapse": args.on_collapse} if args.on_collapse else {})})
     if not args.target: raise ValueError("Nothing to adapt to: name the unlabelled pictures with --target, for example --target pedestrians/target.")
     wrong = [s for s in args.set if "=" not in s]
     if wrong: raise ValueError(f"--set takes NAME=VALUE, not {wrong[0]!r}.")

@@ -45,7 +45,7 @@ class LabelBank:
     ):
         if labels.ndim != 2 or not labels.numel() or labels.dtype != torch.int64:
             raise ValueError(f'a label bank needs int64 labels of shape (levels, images): these are {labels.dtype} of shape {tuple(labels.shape)}.')
-        self.labels, self.cursor, self.seen, self.journal = labels.clone(), [0]*len(labels), None, None
+        self.labels, self.cursor, self.seen, self.journal, self.reach = labels.clone(), [0]*len(labels), None, None, None
         self.check()
         for row in self.labels:
             if row.max() >= 2*len(row): row.copy_(torch.unique(row, return_inverse=True)[1])
@@ -284,19 +284,20 @@ def from_features(cls: LabelBank,
 def clone(self: LabelBank) -> LabelBank:
     "An independent copy"
     copy = LabelBank(self.labels)
-    copy.cursor = list(self.cursor)
+    copy.cursor, copy.reach = list(self.cursor), None if self.reach is None else self.reach.clone()
     return copy
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-10
 @patch
-def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64
+def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64, reach (N,) if it was measured
     "The bank as tensors"
-    return {'labels': self.labels.clone(), 'cursor': torch.tensor(self.cursor)}
+    return {'labels': self.labels.clone(), 'cursor': torch.tensor(self.cursor), **({} if self.reach is None else {'reach': self.reach.clone()})}
 
 @patch
 def load_state_dict(self: LabelBank,
-    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, the cursor may be missing
+    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, cursor and reach may be missing
 ) -> None:
     "Take over a saved bank, on this bank's device"
     self.labels = LabelBank(state['labels'].to(self.labels.device)).labels
     self.cursor = state['cursor'].tolist() if 'cursor' in state else [0]*self.n_levels
+    self.reach = state['reach'].to(self.labels.device) if 'reach' in state else None

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 
 from .label_bank import contiguous
 from .propagation import affinity, edge_weights, mutual_top_k, propagate, propagate_sparse
+from .scale import outer
 from .split import farthest_of, first_largest, loudest
 
 # %% ../nbs/15_padded.ipynb #1dcb758e
@@ -61,45 +62,49 @@ def split_stack(
     P = propagate(S, one_hot(anchors, real.shape[1]).mT.to(S.dtype), alpha)
     return by_first(loudest(P.masked_fill(~chosen[:, None], -torch.inf)), real, anchors.shape[1])
 
-# %% ../nbs/15_padded.ipynb #55977cdd
-def joined_rows(link, size, a, b, going):
-    "Average links after joining group b to a in the clusters that are going"
+# %% ../nbs/15_padded.ipynb #6dc00d05
+def joined_rows(link, reach, size, alone, a, b, going):
+    "Links, reach and sizes after joining group b to a in the clusters that are going"
     G = link.shape[1]
     is_a, is_b = one_hot(a, G).bool() & going[:, None], one_hot(b, G).bool() & going[:, None]
     pick = lambda x, i: x.gather(1, i[:, None])
-    link_a, link_b = (link.gather(1, i[:, None, None].expand(-1, 1, G))[:, 0] for i in (a, b))
-    new = (pick(size, a)*link_a + pick(size, b)*link_b) / (pick(size, a) + pick(size, b))
+    whole = pick(size, a) + pick(size, b)
+    mean = lambda x, y: (pick(size, a)*x + pick(size, b)*y)/whole
+    new = mean(*(link.gather(1, i[:, None, None].expand(-1, 1, G))[:, 0] for i in (a, b)))
     link = torch.where(is_a[:, :, None], new[:, None], link)
     link = torch.where(is_a[:, None], new[:, :, None], link)
-    return link.masked_fill(is_b[:, :, None] | is_b[:, None], -torch.inf), size + is_a*pick(size, b)
+    reach = torch.where(is_a, mean(pick(reach, a), pick(reach, b)), reach)
+    return link, reach, torch.where(is_a, whole, size), alone | is_b[:, :, None] | is_b[:, None]
 
 # %% ../nbs/15_padded.ipynb #7a0cef73
 def rejoin_stack(
     link: torch.Tensor, # (C, G, G) average cosines between groups
     size: torch.Tensor, # (C, G) images in each group
     real: torch.Tensor, # (C, G) bool, which groups there are
+    reach: torch.Tensor, # (C, G) mean reach of each group
     confirm: float, # groups join while their average link is at least this
-    similar, # from cosine to similarity, rising
+    similar, # from cosine, reach and pairs to similarity
 ) -> torch.Tensor: # (C, G) int64, the joined group of each, numbered by first appearance
     "`split.rejoin` of every cluster"
     C, G = real.shape
     alone = ~(real[:, :, None] & real[:, None]) | torch.eye(G, dtype=torch.bool, device=real.device)
-    link, size = link.masked_fill(alone, -torch.inf), size.to(link.dtype)
+    size = size.to(link.dtype)
     group = torch.arange(G, device=real.device).repeat(C, 1)
     going = torch.ones(C, dtype=torch.bool, device=real.device)
     for _ in range(G - 1):
-        best = first_largest(link.flatten(1))
+        close = similar(link, outer(reach), outer(size)).masked_fill(alone, -torch.inf).flatten(1)
+        best = first_largest(close)
         a, b = torch.minimum(best // G, best % G), torch.maximum(best // G, best % G)
-        value = link.flatten(1).gather(1, best[:, None])[:, 0]
-        going = going & value.isfinite() & (similar(value) >= confirm)
+        going = going & (close.gather(1, best[:, None])[:, 0] >= confirm)
         if not going.any(): break
-        link, size = joined_rows(link, size, a, b, going)
+        link, reach, size, alone = joined_rows(link, reach, size, alone, a, b, going)
         group = torch.where(going[:, None] & (group == b[:, None]), a[:, None], group)
     return by_first(group, real, G)
 
 # %% ../nbs/15_padded.ipynb #7bac568a
 def mutual_edges(
     rows: torch.Tensor, # (n, d) units of one cluster
+    reach: torch.Tensor, # (n,) mean reach of each
     k: int, # neighbours on each side, the unit itself included
     cut: float | None, # keep only edges with a similarity above this
     similar, # from cosine to similarity
@@ -108,7 +113,8 @@ def mutual_edges(
     "The mutual top-k graph of many units as a list of edges"
     n, parts = len(rows), []
     for start in range(0, n, step := max(1, tile // n)):
-        s = similar((rows[start:start + step] @ rows.T).float())
+        part = slice(start, start + step)
+        s = similar((rows[part] @ rows.T).float(), reach[part, None]*reach).clone()
         own = torch.arange(len(s), device=s.device)
         s[own, own + start] = torch.inf
         near = s >= s.topk(min(k, n), dim=1).values[:, -1:]
@@ -135,6 +141,7 @@ def sparse_affinity(
 # %% ../nbs/15_padded.ipynb #6eb77f2a
 def split_large(
     rows: torch.Tensor, # (n, d) units of one cluster
+    reach: torch.Tensor, # (n,) mean reach of each
     start: int, # unit of the image that asks, the first anchor
     n_anchors: int, # K, at most this many
     alpha: float, # alpha_s, in [0, 1)
@@ -143,8 +150,8 @@ def split_large(
     similar, # from cosine to similarity
 ) -> torch.Tensor: # (n,) int64 group of each unit, numbered by first appearance
     "`split.split_units` with farthest-first anchors, for a cluster of thousands of units"
-    anchors = farthest_of(lambda unit: similar((rows @ rows[unit]).float()), start, n_anchors)
+    anchors = farthest_of(lambda unit: similar((rows @ rows[unit]).float(), reach*reach[unit]), start, n_anchors)
     if len(anchors) == 1: return torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    S = sparse_affinity(*mutual_edges(rows, mutual_k, cut, similar), len(rows))
+    S = sparse_affinity(*mutual_edges(rows, reach, mutual_k, cut, similar), len(rows))
     Y = one_hot(anchors, len(rows)).T.to(S.dtype)
     return contiguous(loudest(propagate_sparse(S, Y, alpha)[0]))[0]

@@ -53,13 +53,15 @@ def draw_curves(history,     # DataFrame of a run: a row an iteration
                 evaluations, # DataFrame of a run: a row an evaluation
                 ) -> Figure:
     "The learning curves of a run."
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(17, 3), layout="constrained")
     levels = [c.removeprefix("clusters_") for c in history if c.startswith("clusters_")]
     named = lambda what: {f"{what}_{h}": f"h = {h}" for h in levels}
     draw_panel(axes[0], history, {"source_loss": "source", "target_loss": "target"}, "loss, Eq. 1")
     draw_panel(axes[1], history, named("clusters"), "clusters of each level")
     draw_panel(axes[2], history, named("ari"), "label ARI of each level", ylim=(0, 1))
-    draw_scores(axes[3], evaluations)
+    if "moved" in history: history = history.assign(moved=100*history["moved"])
+    draw_panel(axes[3], history, {f"{what}_{levels[-1]}": f"{what}, h = {levels[-1]}" for what in ("splits", "merges") if levels} | {"moved": "images moved, %"}, "churn of an update")
+    draw_scores(axes[4], evaluations)
     target = history["iteration"][history["target_loss"].notna()] if "target_loss" in history else []
     for ax in axes if len(target) else []: ax.axvline(target.iloc[0], color="grey", lw=.8)
     return figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cluster_centres', 'level_units', 'first_largest', 'farthest_of', 'farthest_first', 'check_start', 'random_anchors',
-           'density_anchors', 'loudest', 'split_units', 'plain', 'rejoin']
+           'density_anchors', 'loudest', 'split_units', 'rejoin']
 
 # %% ../nbs/14_split.ipynb #988b0e7b
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import normalize, one_hot
 from .feature_bank import cluster_means
 from .label_bank import contiguous
 from .propagation import affinity, check_square, edge_weights, mutual_top_k, propagate
+from .scale import outer, plain
 
 # %% ../nbs/14_split.ipynb #1113b980
 def cluster_centres(
@@ -123,28 +124,25 @@ def split_units(
     P = propagate(S, Y, alpha)
     return contiguous(loudest(P))[0]
 
-# %% ../nbs/14_split.ipynb #473eb481
-def plain(
-    cosine: torch.Tensor, # any shape
-) -> torch.Tensor: # the same tensor
-    "The paper's similarity: the cosine itself"
-    return cosine
-
 # %% ../nbs/14_split.ipynb #992a94fb
 def rejoin(
     means: torch.Tensor, # (g, d) means of the groups, not brought to length 1
     sizes: torch.Tensor, # (g,) images in each
     confirm: float, # groups join while their average link is at least this
-    similar=plain, # from cosine to similarity, rising
+    similar=plain, # from cosine, reach and pairs to similarity; see `scale`
+    reach: torch.Tensor | None = None, # (g,) mean reach of the groups; 1 when None
 ) -> torch.Tensor: # (g,) int64, the joined group of each, 0.. by first appearance
     "Join proposed groups by average link, closest first"
     n, size, group = len(means), sizes.to(means.dtype).clone(), torch.arange(len(means), device=means.device)
-    link = (means @ means.T).masked_fill(torch.eye(n, dtype=torch.bool, device=means.device), -torch.inf)
+    reach = torch.ones_like(size) if reach is None else reach.clone()
+    link, there = means @ means.T, ~torch.eye(n, dtype=torch.bool, device=means.device)
     for _ in range(n - 1):
-        a, b = sorted(divmod(int(first_largest(link.flatten())), n))
-        if similar(link[a, b]) < confirm: break
+        close = similar(link, outer(reach), outer(size)).masked_fill(~there, -torch.inf)
+        a, b = sorted(divmod(int(first_largest(close.flatten())), n))
+        if close[a, b] < confirm: break
         link[a] = link[:, a] = (size[a] * link[a] + size[b] * link[b]) / (size[a] + size[b])
-        link[b] = link[:, b] = -torch.inf
+        reach[a] = (size[a] * reach[a] + size[b] * reach[b]) / (size[a] + size[b])
+        there[b] = there[:, b] = False
         size[a] += size[b]
         group[group == b] = a
     return contiguous(group)[0]

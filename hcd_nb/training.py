@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Config', 'RunConfig', 'make_config', 'Trainer', 'learning_rate', 'pack', 'unpack', 'write_whole',
-           'save_checkpoint', 'load_checkpoint', 'interruptible', 'evaluate_encoder', 'retrieval', 'Run', 'status',
-           'surroundings', 'settled', 'train']
+           'save_checkpoint', 'load_checkpoint', 'interruptible', 'evaluate_encoder', 'retrieval', 'Run',
+           'LabelsCollapsed', 'status', 'surroundings', 'settled', 'train']
 
 # %% ../nbs/21_training.ipynb #a5c21399
 import hashlib
@@ -32,10 +32,11 @@ from tqdm import tqdm
 import hcd_nb
 from .augmentation import augment, jitter, normalise_images
 from .data import DataError, read_domain
-from .dynamics import ClusterDynamics
+from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, replace_modules, save_encoder
 from .evaluation import adjusted_rand_index, camera_means, evaluate, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
+from .guard import collapse, silhouette
 from .images import ImageStore
 from .label_bank import LabelBank, NoClusters, draw_k_distances
 from .losses import contrastive_loss
@@ -47,7 +48,7 @@ from .sampler import PseudoClassSampler
 @dataclass
 class Config:
     "Every setting of a run; the defaults are the paper's schedule."
-    method:str = "hcd"           # hcd: Algorithm 2 or 3; direct: the source alone; oracle: the target's true labels
+    method:str = "hcd"           # hcd: Algorithm 2 or 3; dbscan: labels found anew each epoch; direct: the source alone; oracle: the target's true labels
     source:str = ""              # labelled source set, as data.read_domain takes it; empty: Algorithm 3
     target:str = ""              # unlabelled target set
     encoder:str = "resnet50"     # architecture, see encoder.build_encoder
@@ -59,6 +60,7 @@ class Config:
     iterations:int = 24000       # iterations with the target
     label_start:int = 400        # target iterations before the labels begin to move
     label_every:int = 1          # target iterations from one label update to the next
+    epoch:int = 400              # target iterations from one clustering to the next, of method dbscan
     batch_size:int = 64          # images of each domain
     n_instances:int = 4          # images of a class in a batch
     learning_rate:float = 3.5e-4 # of Adam
@@ -66,6 +68,7 @@ class Config:
     lr_drops:int = 2             # tenfold drops, evenly spaced over each phase
     evaluate_every:int = 4000    # iterations
     save_every:int = 400         # iterations between checkpoints
+    on_collapse:str = "stop"     # when labels run away: stop, reinit (find them anew) or continue
     jitter:float = 0.            # strength of colour changes of source images, 0 or more
     precision:str = "fp32"       # fp32, or bf16 autocast
 
@@ -87,16 +90,16 @@ class RunConfig(Config):
     alpha_s:float = .99          # propagation strength of split
     alpha_m:float = .99          # propagation strength of merge
     n_anchors:int = 8            # K
-    confirm:float = .75          # average link that groups need, of the default form; higher: smaller clusters
+    confirm:float = .6           # average link that groups need, of the default form; higher: smaller clusters
     skip_bad:bool = False        # leave unreadable images out
     test_share:float = .5        # identities held out where a folder names no split
 
 # %% ../nbs/21_training.ipynb #6542a7cf
 PRESETS = {
     "full": {},
-    "paper": dict(dynamics="paper", normalise_cameras=False),
+    "paper": dict(dynamics="paper", normalise_cameras=False, on_collapse="continue"),
     "demo": dict(encoder="resnet10s", weights="none", height=64, width=32, pretrain=2500, iterations=800, label_start=100, learning_rate=1e-3,
-                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, evaluate_every=200, save_every=100),
+                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, epoch=50, evaluate_every=200, save_every=100),
 }
 
 def make_config(preset="full",  # name in PRESETS
@@ -206,20 +209,28 @@ def start_banks(self:Trainer,
     self.feature_bank = FeatureBank.from_features(target, *source, momentum=config.momentum)
     if not with_target: return
     rows = target if self.target_cameras is None or not config.normalise_cameras else normalise_cameras(target, self.target_cameras)
-    found = dict(eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2, index=config.index)
     if labels is not None: self.label_bank = LabelBank.from_labels(labels.to(self.device), config.levels)
-    else: self.label_bank = self.first_labels(rows, **found)
+    else: self.label_bank = self.first_labels(rows)
     if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
     self.take_means()
 
 @patch
-def first_labels(self:Trainer, rows, **found):
+def first_labels(self:Trainer, rows):
     "DBSCAN's label bank; the first process looks for it."
+    found = {name: getattr(self.config, name) for name in ("eps", "min_samples", "k1", "k2", "index")}
     if rank() == 0:
         bank = LabelBank.from_features(rows, self.config.levels, **found)
         if found["index"] != "exact": self.recall = recall(rows, found["k1"], found["index"])
     else: bank = LabelBank(torch.zeros(self.config.levels, len(self.target), dtype=torch.long, device=self.device))
     return LabelBank(from_first(bank.labels.contiguous()))
+
+@patch
+def find_labels_anew(self:Trainer) -> float: # share of images that changed their cluster
+    "Throw the labels away and find them in the rows of the feature bank as they are now."
+    before = self.label_bank.labels[-1]
+    self.take_means()
+    self.label_bank = self.first_labels(self.label_rows if size() == 1 else self.label_rows.whole())
+    return share_moved(before, self.label_bank.labels[-1])
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-4
 @patch
@@ -274,8 +285,9 @@ def descend(self:Trainer, loss):
 
 @patch
 def update_labels(self:Trainer, batch):
-    "Algorithm 1 for the images of the batch, once the labels may move; counts per level."
+    "Algorithm 1 for the images of the batch, once the labels may move (or all labels anew); counts per level."
     since = self.iteration - self.config.pretrain - self.config.label_start
+    if self.config.method == "dbscan": return {} if since < 0 or since % self.config.epoch else {"moved": self.find_labels_anew()}
     if since < 0 or since % self.config.label_every: return {}
     if since % (100*self.config.label_every) == 0: self.take_means()
     report = self.dynamics(self.label_rows, self.label_bank, batch)
@@ -409,7 +421,7 @@ class Run:
                  out,           # folder of the run; made if need be
                  device="cpu",  # cpu, cuda, …
                  ):
-        self.config, self.out, self.device, self.seconds, self.evaluations = config, Path(out), device, 0., []
+        self.config, self.out, self.device, self.seconds, self.evaluations, self.warn_again = config, Path(out), device, 0., [], 0
         size = (config.height, config.width)
         self.domain = read_domain(config.target, skip_bad=config.skip_bad, test_share=config.test_share)
         self.source = read_domain(config.source, skip_bad=config.skip_bad, test_share=0).train.known() if config.source else None
@@ -431,7 +443,26 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
         counts = counts[counts > 0]
         row[f"clusters_{h + 1}"] = len(counts)
         if self.domain.train.has_identities: row[f"ari_{h + 1}"] = adjusted_rand_index(level[known], identities[known])
+    if size() == 1 and self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
+
+class LabelsCollapsed(ValueError):
+    "The labels have run away, and the run was told to stop; its checkpoint is written."
+
+@patch
+def guard(self:Run):
+    "Say so when the labels have run away, and do what `on_collapse` says."
+    t, what = self.trainer, self.config.on_collapse
+    sentence = collapse(t.history, len(self.domain.train)) if t.label_bank is not None else ""
+    if not sentence or t.iteration < self.warn_again: return
+    self.warn_again, said = t.iteration + 500, f"Iteration {t.iteration}: {sentence}"
+    if what == "stop":
+        self.save()
+        raise LabelsCollapsed(f"{said} The run has stopped and is saved; to go on all the same: hcd_train --resume {self.out} --on-collapse continue, or reinit to find new labels.")
+    self.domain.notes.append(said + (" The labels were found anew." if what == "reinit" else ""))
+    if rank() == 0: tqdm.write(self.domain.notes[-1], file=sys.stderr)
+    if what == "reinit":
+        t.history[-1].update(reinitialised=1., moved=t.find_labels_anew())
 
 @patch
 def score(self:Run, stage):
@@ -497,6 +528,7 @@ def go(self:Run,
             if t.label_bank is not None: row.update(self.watch())
             now = time.perf_counter()
             t.history.append({**row, "seconds": now - iterating})
+            self.guard()
             self.seconds += now - began
             bar.update(); bar.set_postfix(status(t.history, c.batch_size*(bool(c.source) + (t.label_bank is not None))), refresh=False)
             stopping = any_of(asked["stop"], t.device) or t.iteration == stop_at
@@ -569,7 +601,8 @@ def record(self:Run) -> dict:
 def settled(config) -> RunConfig: # a copy; settling it again changes nothing
     "The configuration with what its method implies; raises ValueError for a method that does not exist or lacks its source."
     c = replace(config)
-    if c.method not in ("hcd", "direct", "oracle"): raise ValueError(f"There is no method {c.method!r}; the methods are: hcd, direct, oracle.")
+    if c.method not in ("hcd", "dbscan", "direct", "oracle"): raise ValueError(f"There is no method {c.method!r}; the methods are: hcd, dbscan, direct, oracle.")
+    if c.on_collapse not in ("stop", "reinit", "continue"): raise ValueError(f"on_collapse is {c.on_collapse!r}: it is one of stop, reinit, continue.")
     if c.method == "direct" and not c.source: raise ValueError("Method direct trains on the source alone: name one with --source.")
     check_index(c.index)
     if not c.source: c.pretrain = 0

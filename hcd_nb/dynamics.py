@@ -66,7 +66,8 @@ class ClusterDynamics:
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
     scale: str | None = 'auto'  # 'auto': calibrated; None: the cosine [A]
-    confirm: float | None = .6  # average link that groups need to stay or come together; None: no check [A]
+    confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
+    join: float | None = .85    # average link that clusters need to merge; None: no check [A]
     seed: int = 0               # of random anchors
     dense_units: int = 512      # clusters of more units are propagated as sparse graphs
     measured: int = 50_000      # the reach of all images is measured at the first update of banks up to this size
@@ -77,7 +78,7 @@ def paper(cls: ClusterDynamics,
     **options, # any of the options, to change them
 ) -> ClusterDynamics:
     "The paper's form, as the authors' code has it"
-    return cls(**{**dict(mutual_k=30, nn_mutual_k=20, min_split_units=3, min_split_samples=5, split_cut=None, scale=None, confirm=None), **options})
+    return cls(**{**dict(mutual_k=30, nn_mutual_k=20, min_split_units=3, min_split_samples=5, split_cut=None, scale=None, confirm=None, join=None), **options})
 
 @patch
 def check(self: ClusterDynamics):
@@ -242,7 +243,7 @@ def merge_whole(self: ClusterDynamics,
     members = square_of(similarity, places)
     scores = merge_scores(similar(nodes @ nodes.mT, outer(reach)), members, real, self.alpha_m, self.mutual_k, self.cut)
     wanted = real & (scores > self.sigma)
-    if self.confirm is not None: wanted &= links >= self.confirm
+    if self.join is not None: wanted &= links >= self.join
     if h + 1 < bank.n_levels: wanted &= bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]
     return self.unite(bank, h, bank.labels[h][found], wanted)
 
@@ -437,7 +438,7 @@ def merge_level(self: ClusterDynamics,
     links, nodes = similar(cosines[:, 0, :-1], reach[:, :1]*reach, size[:, :1]*size), cosines[:, :-1, :-1].clone()
     if self.node0 == 'sample': nodes[:, 0], nodes[:, :, 0], reach[:, 0] = cosines[:, -1, :-1], cosines[:, -1, :-1], similar.reach[near[:, 0]]
     wanted = real & (from_first(affinity(similar(nodes, outer(reach)), edges), self.alpha_m) > self.sigma)
-    if self.confirm is not None: wanted &= links >= self.confirm
+    if self.join is not None: wanted &= links >= self.join
     if h + 1 < bank.n_levels: wanted &= bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]
     return self.unite(bank, h, labels, wanted) if wanted.any() else 0
 

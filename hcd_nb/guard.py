@@ -51,6 +51,6 @@ def collapse(
     largest, moved = min(r["largest"] for r in rows), sum(r["moved"] for r in rows)*n_images
     since = f"In the last {window} label updates"
     if rejected >= .75*visited: return f"{since} {rejected/visited:.0%} of the images found nobody to follow: their features do not tell people apart yet. Train the encoder longer before the labels move (pretrain, label_start), or lower the demand on neighbours (sigma)."
-    if largest >= n_images/4: return f"{since} one cluster held at least {largest/n_images:.0%} of all images: strangers are joined, and joined clusters pull in others. Raise confirm, lower eps, or see whether the cameras look different (normalise_cameras)."
+    if largest >= n_images/4: return f"{since} one cluster held at least {largest/n_images:.0%} of all images: strangers are joined, and joined clusters pull in others. Raise join, lower eps, or see whether the cameras look different (normalise_cameras)."
     if moved >= .5*visited: return f"{since} {moved/visited:.1f} images changed cluster for each one visited: splits and merges undo each other. Raise momentum so that rows are steadier, lower the learning rate, or take the default dynamics if this is the paper's form."
     return ""

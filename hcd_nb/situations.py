@@ -149,20 +149,20 @@ def add_rows(file, rows):
     "Append rows to a table, which is made if need be"
     pd.DataFrame(rows).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5f')
 
-def measure(folder, n, seeds):
+def measure(folder, n, seeds, forms):
     "Every situation, start and form that is not in the table yet"
     file = folder/f'situations_{n}.csv'
-    done = set(map(tuple, pd.read_csv(file)[['situation', 'seed']].to_numpy().tolist())) if file.exists() else set()
+    done = set(map(tuple, pd.read_csv(file)[['situation', 'seed', 'form']].to_numpy().tolist())) if file.exists() else set()
     for seed in seeds:
         for name, dials in SITUATIONS.items():
-            if (name, seed) in done: continue
+            missing, common = [form for form in ('DBSCAN', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
+            if not missing: continue
             w = world(n, seed=seed, **dials)
             found, best, by_eps = best_dbscan(w)
-            reach, common = FORMS['default'].measure(w.rows), dict(situation=name, images=n, seed=seed)
-            rows = [dict(common, form='DBSCAN', start=f'eps {max(by_eps, key=by_eps.get)}', ari=best, splits=0, merges=0, moved=0., needed=0., seconds=0.)]
-            for start, labels in starts(w, found, seed).items():
-                rows += [dict(common, form=form, start=start, **run(rule, w, labels, seed=seed, reach=reach if form == 'default' else None)) for form, rule in FORMS.items()]
-            add_rows(file, rows)
+            if 'DBSCAN' in missing: add_rows(file, [dict(common, form='DBSCAN', start=f'eps {max(by_eps, key=by_eps.get)}', ari=best, splits=0, merges=0, moved=0., needed=0., seconds=0.)])
+            for form in missing[missing[0] == 'DBSCAN':]:
+                reach = FORMS[form].measure(w.rows) if FORMS[form].scale else None
+                add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], w, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
 
 def measure_drift(folder, seeds):
     "Every simulated run that is not in the table yet"
@@ -179,15 +179,16 @@ def main(argv=None):
     p = argparse.ArgumentParser('hcd_situations', description='Label dynamics in hard situations.')
     p.add_argument('--images', type=int, nargs='*', default=[2000], help='sizes of the bank')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--forms', nargs='+', default=list(FORMS), choices=list(FORMS))
     p.add_argument('--drift', action='store_true', help='also simulate training runs')
     p.add_argument('--out', default='data/runs/situations')
     args = p.parse_args(argv)
     folder, began = Path(args.out), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    for n in args.images: measure(folder, n, args.seeds)
+    for n in args.images: measure(folder, n, args.seeds, args.forms)
     if args.drift: measure_drift(folder, args.seeds)
     options = {name: vars(rule) for name, rule in FORMS.items()}
-    command = ' '.join(f'--{k} {" ".join(map(str, v))}' for k, v in (('images', args.images), ('seeds', args.seeds)) if v) + ' --drift'*args.drift
+    command = ' '.join(f'--{k} {" ".join(map(str, v))}' for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms)) if v) + ' --drift'*args.drift
     entry = dict(command=f'hcd_situations {command}', forms=options, **surroundings('cpu'), date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
     file = folder/'record.json'
     runs = json.loads(file.read_text()) if file.exists() else []

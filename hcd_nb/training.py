@@ -90,7 +90,8 @@ class RunConfig(Config):
     alpha_s:float = .99          # propagation strength of split
     alpha_m:float = .99          # propagation strength of merge
     n_anchors:int = 8            # K
-    confirm:float = .6           # average link that groups need, of the default form; higher: smaller clusters
+    confirm:float = .6           # average link that groups need to stay in a cluster, of the default form
+    join:float = .85             # average link that clusters need to merge, of the default form; higher: smaller clusters
     skip_bad:bool = False        # leave unreadable images out
     test_share:float = .5        # identities held out where a folder names no split
 
@@ -141,7 +142,7 @@ class Trainer:
         sampler = lambda k: PseudoClassSampler(config.batch_size, config.n_instances, seed=2*config.seed + k)
         self.source_sampler, self.target_sampler = sampler(0), sampler(1)
         options = dict(alpha_s=config.alpha_s, alpha_m=config.alpha_m, sigma=config.sigma, n_anchors=config.n_anchors)
-        self.dynamics = ClusterDynamics.paper(**options) if config.dynamics == "paper" else ClusterDynamics(**options, confirm=config.confirm)
+        self.dynamics = ClusterDynamics.paper(**options) if config.dynamics == "paper" else ClusterDynamics(**options, confirm=config.confirm, join=config.join)
 
 # %% ../nbs/21_training.ipynb #dd7146dd
 def learning_rate(config,    # RunConfig

@@ -81,6 +81,7 @@ class RunConfig(Config):
     temperature:float = .05      # τ of Eq. 1
     levels:int = 3               # H
     eps:float = .6               # DBSCAN radius on the Jaccard distance, 0..1
+    eps_step:float = 0.          # how much smaller eps is at each finer level; 0: all levels start as copies
     min_samples:int = 3          # DBSCAN core size
     k1:int = 20                  # k-reciprocal neighbours of the Jaccard distance
     k2:int = 6                   # query expansion of the Jaccard distance
@@ -218,7 +219,8 @@ def start_banks(self:Trainer,
 @patch
 def first_labels(self:Trainer, rows):
     "DBSCAN's label bank; the first process looks for it."
-    found = {name: getattr(self.config, name) for name in ("eps", "min_samples", "k1", "k2", "index")}
+    found = {name: getattr(self.config, name) for name in ("min_samples", "k1", "k2", "index")}
+    found["eps"] = tuple(self.config.eps - self.config.eps_step*k for k in reversed(range(self.config.levels))) if self.config.eps_step else self.config.eps
     if rank() == 0:
         bank = LabelBank.from_features(rows, self.config.levels, **found)
         if found["index"] != "exact": self.recall = recall(rows, found["k1"], found["index"])

@@ -45,15 +45,12 @@ def kin_levels(
 
 # %% ../nbs/13_scale.ipynb #7fcbc7a0
 def reach_of(
-    cosines: torch.Tensor, # (B, k, k) within neighbourhoods, the image first
-    b: float, # background
-    loudest: float, # cosine of loud strangers
+    levels: tuple, # of the images, from `kin_levels`
     r: float, # kin level
 ) -> torch.Tensor: # (B,) reach, .2 to 2
     "How much each image shows of its person, beside a typical one"
-    own, among, sure = kin_levels(cosines, b, loudest)
-    sure &= among > r/2
-    return torch.where(sure, (own/(r*among.clamp(min=1e-6)).sqrt()).clamp(.2, 2), torch.ones_like(own))
+    own, among, sure = levels
+    return torch.where(sure & (among > r/2), (own/(r*among.clamp(min=1e-6)).sqrt()).clamp(.2, 2), torch.ones_like(own))
 
 # %% ../nbs/13_scale.ipynb #92193534
 class Scale:
@@ -104,15 +101,15 @@ def background(
     rows = torch.promote_types(features.dtype, torch.float32)
     found = features[near[:, 0]].to(rows) @ features[columns].to(rows).T
     strangers = ~(near[:, :17, None] == columns).any(1)
-    found = (found[strangers] if strangers.any() else found.flatten()).sort().values
-    middle = found[len(found)//2]
-    return float(middle), float(found[len(found)*9//10] if strangers.any() else middle)
+    some = bool(strangers.any())
+    found = found[strangers] if some else found.flatten()
+    middle, loud = (float(found.kthvalue(len(found)*tenths//10 + 1).values) for tenths in (5, 9))
+    return middle, loud if some else middle
 
 def kin_level(
-    cosines: torch.Tensor, # (B, k, k) within neighbourhoods, the image first
+    levels: tuple, # of some images, from `kin_levels`
     b: float, # background
-    loudest: float, # cosine of loud strangers
 ) -> float: # r
     "How far images of one person stand above the background"
-    _, among, sure = kin_levels(cosines, b, loudest)
+    _, among, sure = levels
     return float(among[sure].median()) if sure.any() else 1 - b

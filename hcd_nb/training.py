@@ -446,7 +446,7 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
         counts = counts[counts > 0]
         row[f"clusters_{h + 1}"] = len(counts)
         if self.domain.train.has_identities: row[f"ari_{h + 1}"] = adjusted_rand_index(level[known], identities[known])
-    if size() == 1 and self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
+    if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
 
 class LabelsCollapsed(ValueError):

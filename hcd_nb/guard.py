@@ -43,7 +43,7 @@ def collapse(
     window: int = 100, # updates
 ) -> str: # empty while all is well
     "Whether the labels have run away, in one sentence with the likely cause"
-    rows = [r for r in rows if "moved" in r][-window:]
+    rows = [r for r in rows if "adoptions" in r][-window:]
     last = max((i + 1 for i, r in enumerate(rows) if r.get("reinitialised")), default=0)
     rows = rows[last:]
     if len(rows) < window: return ""

@@ -216,6 +216,7 @@ def start_banks(self:Trainer,
     if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
     self.take_means()
 
+# %% ../nbs/21_training.ipynb #fb6e1bdc-4
 @patch
 def first_labels(self:Trainer, rows):
     "DBSCAN's label bank; the first process looks for it."
@@ -235,7 +236,7 @@ def find_labels_anew(self:Trainer) -> float: # share of images that changed thei
     self.label_bank = self.first_labels(self.label_rows if size() == 1 else self.label_rows.whole())
     return share_moved(before, self.label_bank.labels[-1])
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-4
+# %% ../nbs/21_training.ipynb #fb6e1bdc-5
 @patch
 def source_loss(self:Trainer, centres):
     "Draw a source batch; its loss, features and classes."
@@ -253,7 +254,7 @@ def target_loss(self:Trainer, centres, classes):
     loss = contrastive_loss(features, classes[batch.to(self.device)][share(len(batch))], centres, prototypes, self.config.temperature)
     return loss, gathered(features.detach()), batch.to(self.device)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-5
+# %% ../nbs/21_training.ipynb #fb6e1bdc-6
 @patch
 def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, merges …
     "One iteration of Algorithm 2 (with a source) or Algorithm 3 (without)."
@@ -276,7 +277,7 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
     self.iteration += 1
     return row
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-6
+# %% ../nbs/21_training.ipynb #fb6e1bdc-7
 @patch
 def descend(self:Trainer, loss):
     "One step of Adam at this iteration's rate."
@@ -316,7 +317,7 @@ def unpack(tree, tensors):
     if set(tree) == {"tensor"}: return tensors[tree["tensor"]]
     return {int(k) if k.isdigit() else k: unpack(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-7
+# %% ../nbs/21_training.ipynb #fb6e1bdc-8
 @patch
 def state_dict(self:Trainer) -> dict:
     "All of it, as nested dicts of tensors."
@@ -327,7 +328,7 @@ def state_dict(self:Trainer) -> dict:
                 samplers=[self.source_sampler.state_dict(), self.target_sampler.state_dict()], random=self.generator.get_state(),
                 columns=list(frame.columns), history=torch.as_tensor(frame.to_numpy("float64", copy=True, na_value=float("nan"))))
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-8
+# %% ../nbs/21_training.ipynb #fb6e1bdc-9
 @patch
 def load_state_dict(self:Trainer, state):
     "The inverse of state_dict."
@@ -435,7 +436,7 @@ class Run:
         known = lambda images: images.cameras if images.has_cameras else None
         self.trainer = Trainer(config, ImageStore(t.paths, size), s and ImageStore(s.paths, size), s and s.classes(), known(t), s and known(s), device)
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-9
+# %% ../nbs/21_training.ipynb #fb6e1bdc-10
 @patch
 def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and largest at the top
     "The state of the label bank, for the history and the progress bar."
@@ -449,6 +450,16 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
     if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
 
+@patch
+def score(self:Run, stage):
+    "Evaluate the encoder on the target's test images and keep the figures under this stage's name."
+    if rank(): return
+    t = self.trainer
+    number = t.target_domain if t.label_bank is not None else 0
+    scores = evaluate_encoder(t.encoder, self.domain, self.size, number, self.device, self.stores)
+    if scores: self.evaluations.append({"stage": stage, "iteration": t.iteration, **scores})
+
+# %% ../nbs/21_training.ipynb #146b4bcc
 class LabelsCollapsed(ValueError):
     "The labels have run away, and the run was told to stop; its checkpoint is written."
 
@@ -467,16 +478,7 @@ def guard(self:Run):
     if what == "reinit":
         t.history[-1].update(reinitialised=1., moved=t.find_labels_anew())
 
-@patch
-def score(self:Run, stage):
-    "Evaluate the encoder on the target's test images and keep the figures under this stage's name."
-    if rank(): return
-    t = self.trainer
-    number = t.target_domain if t.label_bank is not None else 0
-    scores = evaluate_encoder(t.encoder, self.domain, self.size, number, self.device, self.stores)
-    if scores: self.evaluations.append({"stage": stage, "iteration": t.iteration, **scores})
-
-# %% ../nbs/21_training.ipynb #fb6e1bdc-10
+# %% ../nbs/21_training.ipynb #fb6e1bdc-11
 @patch
 def milestone(self:Run):
     "What has to happen before the iteration that comes now."
@@ -491,7 +493,7 @@ def milestone(self:Run):
         self.start_target()
     elif t.iteration % c.evaluate_every == 0 and t.label_bank is not None: self.score(f"iteration {t.iteration}")
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-11
+# %% ../nbs/21_training.ipynb #fb6e1bdc-12
 @patch
 def start_target(self:Run):
     "Fill both banks; only an oracle is given the target's identities."
@@ -513,7 +515,7 @@ def load(self:Run):
     more = load_checkpoint(self.trainer, self.out/"checkpoint.safetensors")
     self.seconds, self.evaluations = more["seconds"], more["evaluations"]
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-12
+# %% ../nbs/21_training.ipynb #fb6e1bdc-13
 @patch
 def go(self:Run,
        progress=True, # show a bar
@@ -552,7 +554,7 @@ def status(history, # rows of Run.go, newest last
     if f"ari_{len(levels)}" in row: shown["ARI"] = f"{row[f'ari_{len(levels)}']:.2f}"
     return {**shown, "images/s": f"{images*len(recent)/sum(recent):.0f}"}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-13
+# %% ../nbs/21_training.ipynb #fb6e1bdc-14
 @patch
 def finish(self:Run):
     "Score the last encoder and write the results."

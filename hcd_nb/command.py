@@ -11,21 +11,23 @@ import json
 import sys
 from pathlib import Path
 
-# %% ../nbs/23_command.ipynb #dde6b5a5
-SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrain", "iterations", "test_share", "on_collapse")
+# %% ../nbs/23_command.ipynb #3fbe8dc2
+SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrain", "iterations", "test_share", "on_collapse", "bn_group", "precision")
 
 def parser() -> argparse.ArgumentParser:
     "The words that hcd_train understands."
     p = argparse.ArgumentParser("hcd_train", description="Adapt a person re-identification encoder to cameras it has never seen, without labels.")
-    p.add_argument("--preset", default="full", help="full (the default: 24,000 iterations of ResNet-50, made for a GPU), paper (the same with the paper's form of Algorithm 1) or demo (minutes on two CPU cores)")
+    p.add_argument("--preset", default="full", help="full (the default: 24,000 iterations of ResNet-50, made for a GPU), paper (the same in the paper's form), quick (a tenth of full) or demo (minutes on two CPU cores)")
     p.add_argument("--method", help="hcd (default); dbscan: find all labels anew at every epoch; direct: train on the source alone and score it on the target; oracle: give the target its true identities")
-    p.add_argument("--source", help="labelled set: pedestrians/source, a folder, or a CSV; left out: the target alone (Algorithm 3)")
+    p.add_argument("--source", help="labelled set: pedestrians/source, a folder such as Market-1501's, or a CSV; left out: the target alone (Algorithm 3)")
     p.add_argument("--target", help="unlabelled set: pedestrians/target, a folder of crops, or a CSV with the columns path, identity, camera, split")
-    p.add_argument("--encoder", help="resnet50 (paper), resnet18, resnet34, mobilenet_v2, resnet10s (demo)")
-    p.add_argument("--weights", help="imagenet (paper), none, or a file: .pth, .safetensors, or the encoder.safetensors of a run")
+    p.add_argument("--encoder", help="resnet50 (paper), resnet10s (demo), any other classifier of torchvision, or timm/NAME")
+    p.add_argument("--weights", help="imagenet (paper), none, a set of torchvision's such as IMAGENET1K_V2, or a file: .pth, .safetensors, or the encoder.safetensors of a run")
     p.add_argument("--seed", help="of weights, batches and augmentation")
     p.add_argument("--pretrain", help="iterations on the source alone, before the target comes in")
     p.add_argument("--iterations", help="iterations with the target")
+    p.add_argument("--bn-group", metavar="N", help="images that batch norm sees together: 16 on one GPU gives the statistics of the usual four (preset paper); left out: the whole batch")
+    p.add_argument("--precision", help="fp32 or bf16; left out: bf16 on a GPU that can, else fp32")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out, and count them")
     p.add_argument("--test-share", help="share of identities held out for scoring where a folder names no split, 0..1")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, such as sigma=.3; may be repeated")
@@ -35,10 +37,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--on-collapse", choices=("stop", "reinit", "continue"), help="when the labels run away: stop (the default; everything is saved), reinit: find them anew, or continue; may change on --resume")
     return p
 
-# %% ../nbs/23_command.ipynb #1d018e60
-def configure(args): # of parser()
+# %% ../nbs/23_command.ipynb #fea39c0a
+def configure(args, # of parser()
+              device="cpu"):
     "The RunConfig of the typed words; raises ValueError in one sentence."
-    from hcd_nb.training import RunConfig, make_config, settled
+    from hcd_nb.configs import RunConfig, make_config, settled
     if args.resume:
         file = Path(args.resume)/"config.json"
         if not file.exists(): raise ValueError(f"There is no run to resume in {args.resume}: {file} is missing; --resume takes the folder given as --out before.")
@@ -47,7 +50,7 @@ def configure(args): # of parser()
     wrong = [s for s in args.set if "=" not in s]
     if wrong: raise ValueError(f"--set takes NAME=VALUE, not {wrong[0]!r}.")
     typed = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None}
-    return settled(make_config(args.preset, **typed, **dict(s.split("=", 1) for s in args.set), **({"skip_bad": True} if args.skip_bad else {})))
+    return settled(make_config(args.preset, **typed, **dict(s.split("=", 1) for s in args.set), **({"skip_bad": True} if args.skip_bad else {})), device)
 
 # %% ../nbs/23_command.ipynb #b0834f2f
 def choose_device(name): # text or None
@@ -68,7 +71,8 @@ def closing_words(run, words): # training.Run, the table
 # %% ../nbs/23_command.ipynb #92a6ba64
 def start(args):
     "Carry out the typed words."
-    config, device = configure(args), choose_device(args.device)
+    device = choose_device(args.device)
+    config = configure(args, device)
     from hcd_nb.processes import rank, size, started
     from hcd_nb.report import write_report
     from hcd_nb.training import train

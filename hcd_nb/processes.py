@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProcessLost', 'started', 'size', 'rank', 'share', 'AllSum', 'all_sum', 'gathered', 'from_first', 'any_of',
-           'average_gradients', 'GlobalBatchNorm', 'ShardedRows', 'ShardedBank']
+           'average_gradients', 'GlobalBatchNorm', 'SharedGhostBatchNorm', 'shared_batch_norm', 'ShardedRows',
+           'ShardedBank']
 
 # %% ../nbs/12_processes.ipynb #3e20d91c
 import os
@@ -17,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.functional import embedding_bag
 
+from .batch_norm import GhostBatchNorm, activated, replace_modules
 from .feature_bank import FeatureBank, check_indices, momentum_step
 from .neighbors import check_features, largest, own_first
 
@@ -121,7 +123,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, x): pass
 
     def forward(self, x):
-        if not self.training or size() == 1: return super().forward(x)
+        if not self.training or size() == 1: return activated(self, super().forward(x))
         dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1]*(x.ndim - 2)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         n = all_sum(torch.tensor(x.numel()//x.shape[1], dtype=exact.dtype, device=x.device))
@@ -130,7 +132,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = all_sum(centred.square().sum(dims)) / n
         self.note(mean.detach(), var.detach()*n/(n - 1))
         y = centred*(var + self.eps).rsqrt().view(shape)
-        return (y*self.weight.view(shape) + self.bias.view(shape) if self.affine else y).to(x.dtype)
+        if self.affine: y = y*self.weight.view(shape) + self.bias.view(shape)
+        return activated(self, y.to(x.dtype))
 
 # %% ../nbs/12_processes.ipynb #fb6e1bdc
 @patch
@@ -143,6 +146,19 @@ def note(self: GlobalBatchNorm,
     self.num_batches_tracked += 1
     self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
     self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+
+# %% ../nbs/12_processes.ipynb #d3063c04
+class SharedGhostBatchNorm(GhostBatchNorm):
+    "Batch norm over groups of a batch that several processes share"
+    def note(self, mean, var): super().note(all_sum(mean)/size(), all_sum(var)/size())
+
+def shared_batch_norm(
+    module: nn.Module, # changed in place
+    group: int = 0, # images of a group; 0: the whole batch
+) -> nn.Module: # the same module
+    "Batch norm as if one process held the batch"
+    kind = (lambda m: SharedGhostBatchNorm(m, group)) if group else GlobalBatchNorm
+    return replace_modules(module, nn.modules.batchnorm._BatchNorm, kind) if group or size() > 1 else module
 
 # %% ../nbs/12_processes.ipynb #51e4fac4
 class ShardedRows:

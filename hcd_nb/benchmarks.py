@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'seconds', 'ratio', 'process_size', 'print_extra_memory', 'extra_memory', 'features', 'updates',
-           'bench_update', 'start_work', 'bench_start', 'evaluation_work', 'bench_evaluation', 'bench_loss', 'fits',
-           'bench_growth', 'bench_million', 'machine', 'main']
+           'bench_update', 'start_work', 'bench_start', 'evaluation_work', 'bench_evaluation', 'bench_loss',
+           'write_crops', 'training_step', 'loading_work', 'bench_loading', 'fits', 'bench_growth', 'bench_million',
+           'machine', 'main']
 
 # %% ../nbs/70_benchmarks.ipynb #ccac3cc1
 import argparse
@@ -181,6 +182,59 @@ def bench_loss(device="cpu", n=13000, d=2048, n_source=700):
         logits @ rows
     return [ratio("Eq. 1, 13,000 classes, there and back", loss, "its two products", products, 1.5, 9, device)]
 
+# %% ../nbs/70_benchmarks.ipynb #35946be0
+def write_crops(
+    folder, # Path
+    n: int = 256, # files
+) -> list: # of str
+    "JPEG files of 128x64 with the detail of photographs"
+    import torch
+    from torchvision.io import write_jpeg
+    g = torch.Generator().manual_seed(0)
+    rough = torch.rand(n, 3, 32, 16, generator=g)
+    crops = (255*torch.nn.functional.interpolate(rough, (128, 64), mode="bicubic").clamp(0, 1)).to(torch.uint8)
+    for i, crop in enumerate(crops): write_jpeg(crop, f"{folder}/{i:04d}.jpg", quality=90)
+    return [f"{folder}/{i:04d}.jpg" for i in range(n)]
+
+# %% ../nbs/70_benchmarks.ipynb #953d3843
+def training_step(encoder, size, device, precision="fp32"):
+    "Work: forward, backward and Adam on 64 + 64 crops; also used in the label update's table on a GPU"
+    import torch
+    from hcd_nb.encoder import build_encoder
+    net = build_encoder(encoder, n_domains=2, image_size=size).to(device)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-4)
+    images = torch.randn(64, 3, *size).to(device, memory_format=torch.channels_last)
+    def step():
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"): rows = [net(images, domain) for domain in (0, 1)]
+        torch.cat(rows).float()[:, 0].sum().backward()
+        optimiser.step(), optimiser.zero_grad()
+    return step
+
+# %% ../nbs/70_benchmarks.ipynb #9265323a
+def loading_work(paths, size, device):
+    "Work: decoding 128 files; and preparing 64 + 64 decoded crops for the encoder"
+    import torch
+    from hcd_nb.augmentation import augment, normalise_images
+    from hcd_nb.images import ImageStore
+    g, store = torch.Generator().manual_seed(0), ImageStore(paths, size).load().keep_on(device)
+    def batches():
+        for _ in range(2): normalise_images(augment(store[torch.randint(len(paths), (64,), generator=g)].to(device), g))
+    return (lambda: ImageStore(paths[:128], size).load()), batches
+
+def bench_loading(device="cpu", encoders=(("resnet10s", (64, 32)), ("resnet50", (256, 128)))):
+    "Pictures against the encoder"
+    import tempfile
+    out = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_crops(folder)
+        for encoder, size in encoders:
+            name, step = f"{encoder}, {size[0]}x{size[1]}", training_step(encoder, size, device)
+            decode, batches = loading_work(paths, size, device)
+            for what, work, goal in (("decoding 128 files, once", decode, None), ("fetching and augmenting 64 + 64", batches, .1), ("the step in bf16", training_step(encoder, size, device, "bf16"), None)):
+                out.append(ratio(f"{name}: {what}", work, "training step", step, goal, 3, device))
+                out[-1]["images_per_s"] = round(128e3/out[-1]["ms"])
+    return out
+
 # %% ../nbs/70_benchmarks.ipynb #b4accd08
 def fits(n, d, dtype, device):
     "Whether rows of this size and one product leave a quarter of the memory free"
@@ -224,8 +278,8 @@ def bench_million(device="cpu", n=10**6, d=256):
     out[0]["recall"] = round(recall(rows, 20, "ivf", 200), 3)
     return [dict(r, n=n, d=d) for r in out]
 
-# %% ../nbs/70_benchmarks.ipynb #ead850e6
-PIECES = dict(update=bench_update, start=bench_start, evaluation=bench_evaluation, loss=bench_loss, growth=bench_growth, million=bench_million)
+# %% ../nbs/70_benchmarks.ipynb #508133ac
+PIECES = dict(update=bench_update, start=bench_start, evaluation=bench_evaluation, loss=bench_loss, loading=bench_loading, growth=bench_growth, million=bench_million)
 
 def machine(device):
     "What the figures were measured on; nothing that names a machine or its user"

@@ -22,6 +22,7 @@ from torchvision import models
 from .augmentation import normalise_images
 from .backbones import build_backbone, probe, timm_backbone
 from .batch_norm import DomainBatchNorm, domain_batch_norm, replace_modules, use_domain
+from .images import one_ahead
 
 # %% ../nbs/04_encoder.ipynb #864ea079
 class GeM(nn.Module):
@@ -272,11 +273,12 @@ def extract_features(
     encoder.eval()
     try:
         with torch.inference_mode():
-            for at in range(0, len(indices), batch_size):
-                images = normalise_images(store[indices[at:at + batch_size]].to(home))
+            parts = [slice(at, at + batch_size) for at in range(0, len(indices), batch_size)]
+            for part, pixels in zip(parts, one_ahead(lambda part: store[indices[part]], parts)):
+                images = normalise_images(pixels.to(home))
                 rows = encoder(images, domain)
                 if flip: rows = F.normalize(rows + encoder(images.flip(3), domain), dim=1)
-                out[at:at + batch_size] = rows
+                out[part] = rows
     finally:
         for m, training in modes: m.training = training
     return out

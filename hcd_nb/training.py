@@ -458,6 +458,7 @@ def go(self:Run,
     "Iterate to the end, or until Ctrl-C; the checkpoint is written in either case."
     t, c = self.trainer, self.config
     total = c.pretrain + c.iterations
+    for store in (t.source, t.target): store and store.keep_on(t.device)
     with interruptible() as asked, tqdm(total=total, initial=t.iteration, disable=not progress or rank() > 0, unit="it", dynamic_ncols=True, mininterval=1) as bar:
         while t.iteration < total:
             began = time.perf_counter()

@@ -217,8 +217,9 @@ def known_layout(
 def read_known(folder, layout, doctor): # (table of images, names in PUBLISHED that it may be)
     "Images of a folder in the layout of a published set."
     if layout == 'market':
-        hints = {'market': 'market1501', 'duke': 'dukemtmc', 'personx': 'personx', 'detected': 'cuhk03-np-detected', 'labeled': 'cuhk03-np-labeled'}
-        return read_parts(folder, doctor), [name for hint, name in hints.items() if hint in folder.resolve().name.lower()]
+        hints = {'market1501': 'market1501', 'dukemtmc': 'dukemtmc', 'personx': 'personx', 'detected': 'cuhk03-np-detected', 'labeled': 'cuhk03-np-labeled'}
+        called = re.sub('[^a-z0-9]', '', folder.resolve().name.lower())
+        return read_parts(folder, doctor), [name for hint, name in hints.items() if hint in called]
     if layout == 'veri776': return read_parts(folder, doctor, veri_parts), ['veri776', 'veri776-37746']
     if layout == 'personx': return read_parts(folder, doctor, inside=[str(i) for i in range(1, 7)]), ['personx']
     rows, name = (read_msmt17 if layout == 'msmt17' else read_cuhk03)(folder, doctor)

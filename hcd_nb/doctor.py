@@ -188,7 +188,7 @@ def draw(self: Findings): # Figure
     people = t[t.identity > 0].groupby('identity')
     if (t.camera >= 0).any(): self.by_camera().T.plot.bar(ax=axes[0], stacked=True, width=.85, legend=True, fontsize=8); axes[0].legend(frameon=False, fontsize=7, ncols=3, loc='upper center', columnspacing=1, handlelength=1); axes[0].set_ylim(0, 1.2*axes[0].get_ylim()[1])
     if len(people):
-        for ax, values in ((axes[1], people.size()), (axes[2], people.camera.nunique())): ax.hist(values, bins=range(int(values.min()), int(values.max()) + 2), align='left', rwidth=.9)
+        for ax, values in ((axes[1], people.size()), (axes[2], people.camera.nunique())): ax.hist(values, bins=range(int(values.min()), int(values.max()) + 2), align='left', rwidth=.9); ax.set_xlim(values.min() - 1, values.max() + 1)
     axes[3].plot(t.width, t.height, '.', alpha=.3, ms=6)
     for ax, title, what in zip(axes, ('images of each camera', 'images of each person', 'cameras of each person', 'sizes in pixels'), ('camera', 'images', 'cameras', 'width')):
         ax.set_title(title, fontsize=9); ax.set_xlabel(what, fontsize=8); ax.tick_params(labelsize=7, rotation=0); ax.spines[['top', 'right']].set_visible(False)

@@ -157,7 +157,7 @@ def match_names(
         for add in shared_prefixes(sorted(own)):
             found = {add + n.removeprefix(cut): n for n in names}
             if len(own & found.keys()) > len(own & best.keys()): best = found
-    return best
+    return best | {n: n for n in names if n in own}
 
 # %% ../nbs/04_encoder.ipynb #64bc6fb1
 def load_weights(

@@ -28,7 +28,7 @@ def test_help_needs_no_torch():
 
 @pytest.mark.parametrize("module", modules)
 def test_modules_need_neither_notebooks_nor_extras(module):
-    blocked = ("nbdev", "execnb", "IPython", "jupyterlab", "anny", "warp", "faiss", "pytest", "hypothesis", "timm")
+    blocked = ("nbdev", "execnb", "IPython", "jupyterlab", "anny", "warp", "faiss", "pytest", "hypothesis", "timm", "onnx", "onnxruntime", "onnxscript")
     done = python(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import hcd_nb.{module}")
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
@@ -42,3 +42,11 @@ def test_wheel_holds_every_module(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {f"hcd_nb/{m}.py" for m in modules} <= set(names)
     assert not [n for n in names if n.startswith(("nbs/", "tests/", "data/"))]
+
+
+@pytest.mark.parametrize("script", [l.strip().replace(" = ", "=") for l in (root/"settings.ini").read_text().split("console_scripts =")[1].splitlines() if " = " in l])
+def test_every_command_explains_itself(script):
+    name, place = script.split("=")
+    module, function = place.split(":")
+    done = python(f"import sys; sys.argv = ['x', '--help']; from {module} import {function}; {function}()")
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} "), done.stderr

@@ -158,3 +158,18 @@ def test_labels_that_run_away_stop_the_run_and_it_can_go_on(world, tmp_path):
     assert (tmp_path/"run"/"checkpoint.safetensors").exists()
     code, out, err = hcd_train("--resume", tmp_path/"run", "--on-collapse", "continue")
     assert code == 0 and "one cluster held" in out, err
+
+
+@pytest.mark.timeout(600)
+def test_another_encoder_in_small_groups_and_what_comes_after_training(world, tmp_path):
+    run = tmp_path/"run"
+    code, out, err = hcd_train(*TINY, "--source", world/"source", "--target", world/"target", "--pretrain", 4, "--iterations", 6, "--encoder", "mobilenet_v3_small",
+                               "--bn-group", 8, "--on-collapse", "continue", "--out", run)
+    assert code == 0, err
+    from hcd_nb import export, search
+    assert export.main([str(run)]) == 0 and (run/"encoder.onnx").exists()
+    query, index = next((world/"target/query").iterdir()), tmp_path/"target.parquet"
+    assert search.main_embed([str(run), str(world/"target"), "--out", str(index)]) == 0
+    assert search.main_search([str(run), str(query), str(index), "--out", str(tmp_path/"found.png")]) == 0 and (tmp_path/"found.png").exists()
+    code, out, err = hcd_train(*TINY, "--target", world/"target", "--bn-group", 12, "--out", tmp_path/"never")
+    assert code == 2 and "groups of 12" in err and not (tmp_path/"never").exists()

@@ -136,10 +136,7 @@ def examine(
     images = set(image_files(place)) if place.is_dir() else set()
     others = [p.relative_to(place).as_posix() for p in sorted(place.rglob('*')) if p.is_file() and p not in images] if place.is_dir() else []
     table = f.examine_images(table)
-    steps = [f.examine_cameras, lambda t: split_table(t, layout, f, .5), f.examine_queries, f.examine_size]
-    if layout not in ('folders', 'names', 'crops'): steps.insert(2, f.examine_copies)
-    else: steps.append(lambda t: f.examine_copies(t.assign(split='train')) is None or t)
-    for step in [*steps, lambda t: f.examine_oddities(t, others)]:
+    for step in (f.examine_cameras, lambda t: split_table(t, layout, f, .5), f.examine_copies, f.examine_queries, f.examine_size, lambda t: f.examine_oddities(t, others)):
         try: table = step(table)
         except DataError: continue
     f.table, f.fit = table, not f.faults

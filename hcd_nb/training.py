@@ -544,6 +544,7 @@ def train(config,         # RunConfig, see make_config
           resume=False,   # continue from the folder's checkpoint
           progress=True,  # show a bar
           stop_at=None,   # stop before this iteration, as Ctrl-C would
+          before=lambda run: None, # called with the run when everything is read and built
           ) -> Run: # its trainer holds encoder and label bank; run.done says whether it came to its end
     "Adapt an encoder to an unlabelled target (Algorithm 2 with a source, Algorithm 3 without)."
     config = settled(config, device)
@@ -552,5 +553,6 @@ def train(config,         # RunConfig, see make_config
     run.out.mkdir(parents=True, exist_ok=True)
     if rank() == 0: (run.out/"config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     if resume: run.load()
+    before(run)
     run.done = run.go(progress, stop_at)
     return run

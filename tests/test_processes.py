@@ -58,9 +58,10 @@ def test_label_updates_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_training_equals_one_process(world, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("group", [0, 8], ids=["whole batches", "groups of 8"])
+def test_training_equals_one_process(world, tmp_path, group):  # noqa: F811
     """In double precision, where Adam does not blow a last digit up to a different run."""
-    words = [*TINY, "--source", world/"source", "--target", world/"target", "--pretrain", 6, "--iterations", 12]
+    words = [*TINY, "--source", world/"source", "--target", world/"target", "--pretrain", 6, "--iterations", 12, "--bn-group", group]
     (tmp_path/"go.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64); from hcd_nb.command import main; sys.exit(main())")
     for n, name in ((1, "one"), (2, "two")):
         status, out, err = torchrun(tmp_path/"go.py", *words, "--out", tmp_path/name, n=n)

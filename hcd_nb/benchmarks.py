@@ -196,30 +196,30 @@ def write_crops(
     for i, crop in enumerate(crops): write_jpeg(crop, f"{folder}/{i:04d}.jpg", quality=90)
     return [f"{folder}/{i:04d}.jpg" for i in range(n)]
 
-# %% ../nbs/70_benchmarks.ipynb #953d3843
-def training_step(encoder, size, device, precision="fp32"):
-    "Work: forward, backward and Adam on 64 + 64 crops; also used in the label update's table on a GPU"
+# %% ../nbs/70_benchmarks.ipynb #2fb5235a
+def training_step(encoder, size, device, batch=64, precision="fp32"):
+    "Work: forward, backward and Adam on a batch of each domain"
     import torch
     from hcd_nb.encoder import build_encoder
     net = build_encoder(encoder, n_domains=2, image_size=size).to(device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-4)
-    images = torch.randn(64, 3, *size).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, *size).to(device, memory_format=torch.channels_last)
     def step():
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"): rows = [net(images, domain) for domain in (0, 1)]
         torch.cat(rows).float()[:, 0].sum().backward()
         optimiser.step(), optimiser.zero_grad()
     return step
 
-# %% ../nbs/70_benchmarks.ipynb #9265323a
-def loading_work(paths, size, device):
-    "Work: decoding 128 files; and preparing 64 + 64 decoded crops for the encoder"
+# %% ../nbs/70_benchmarks.ipynb #ef69aef2
+def loading_work(paths, size, device, batch=64):
+    "Work: decoding the files of two batches; and preparing two decoded batches for the encoder"
     import torch
     from hcd_nb.augmentation import augment, normalise_images
     from hcd_nb.images import ImageStore
     g, store = torch.Generator().manual_seed(0), ImageStore(paths, size).load().keep_on(device)
     def batches():
-        for _ in range(2): normalise_images(augment(store[torch.randint(len(paths), (64,), generator=g)].to(device), g))
-    return (lambda: ImageStore(paths[:128], size).load()), batches
+        for _ in range(2): normalise_images(augment(store[torch.randint(len(paths), (batch,), generator=g)].to(device), g))
+    return (lambda: ImageStore(paths[:2*batch], size).load()), batches
 
 def bench_loading(device="cpu", encoders=(("resnet10s", (64, 32)), ("resnet50", (256, 128)))):
     "Pictures against the encoder"
@@ -228,11 +228,12 @@ def bench_loading(device="cpu", encoders=(("resnet10s", (64, 32)), ("resnet50", 
     with tempfile.TemporaryDirectory() as folder:
         paths = write_crops(folder)
         for encoder, size in encoders:
-            name, step = f"{encoder}, {size[0]}x{size[1]}", training_step(encoder, size, device)
-            decode, batches = loading_work(paths, size, device)
-            for what, work, goal in (("decoding 128 files, once", decode, None), ("fetching and augmenting 64 + 64", batches, .1), ("the step in bf16", training_step(encoder, size, device, "bf16"), None)):
+            batch = 8 if device == "cpu" and encoder == "resnet50" else 64
+            name, step = f"{encoder}, {size[0]}x{size[1]}, {batch} + {batch}", training_step(encoder, size, device, batch)
+            decode, batches = loading_work(paths, size, device, batch)
+            for what, work, goal in (("decoding, once", decode, None), ("fetching, augmenting", batches, .1), ("the step in bf16", training_step(encoder, size, device, batch, "bf16"), None)):
                 out.append(ratio(f"{name}: {what}", work, "training step", step, goal, 3, device))
-                out[-1]["images_per_s"] = round(128e3/out[-1]["ms"])
+                out[-1]["images_per_s"] = round(2e3*batch/out[-1]["ms"])
     return out
 
 # %% ../nbs/70_benchmarks.ipynb #b4accd08

@@ -28,7 +28,7 @@ class Published(NamedTuple):
 
 PUBLISHED = {
     'market1501': Published('Market-1501', (12936, 751), (3368, 750), (19732, 750), 6, 'Zheng et al., ICCV 2015; zheng-lab.cecs.anu.edu.au/Project/project_reid.html'),
-    'dukemtmc': Published('DukeMTMC-reID', (16522, 702), (2228, 702), (17661, 1110), 8, 'Ristani et al., ECCVW 2016; withdrawn by its university in 2019: read where you hold a copy, never handed out here'),
+    'dukemtmc': Published('DukeMTMC-reID', (16522, 702), (2228, 702), (17661, 1110), 8, 'Ristani et al., ECCVW 2016; Zheng et al., ICCV 2017; withdrawn by its university in 2019: read where you hold a copy, never handed out here'),
     'msmt17-v1': Published('MSMT17, version 1', (32621, 1041), (11659, 3060), (82161, 3060), 15, 'Wei et al., CVPR 2018; pkuvmc.com/dataset.html'),
     'msmt17-v2': Published('MSMT17, version 2 (faces masked)', (32621, 1041), (11659, 3060), (82161, 3060), 15, 'Wei et al., CVPR 2018; pkuvmc.com/dataset.html'),
     'cuhk03-np-detected': Published('CUHK03, new protocol, detected', (7365, 767), (1400, 700), (5332, 700), 2, 'Li et al., CVPR 2014; protocol: Zhong et al., CVPR 2017, github.com/zhunzhong07/person-re-ranking'),

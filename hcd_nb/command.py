@@ -61,6 +61,7 @@ def choose_device(name): # text or None
     except (RuntimeError, AssertionError): raise ValueError(f"Device {name!r} cannot be used here: {'this machine has no usable GPU' if 'cuda' in name else 'it is not a device torch knows'}; use --device cpu.") from None
     return name
 
+# %% ../nbs/23_command.ipynb #85add76e
 def opening_words(run) -> list: # of str
     "What a user is told of the images and the weights, before training."
     report = run.trainer.encoder.report
@@ -98,6 +99,7 @@ def start(args):
     print(closing_words(run, write_report(run) if run.done else ""))
     return 0 if run.done else 130
 
+# %% ../nbs/23_command.ipynb #c72534b3
 def main(argv=None) -> int: # exit status: 0 done, 1 another process was lost, 2 what was typed or read is wrong, 130 stopped by Ctrl-C
     "The console script hcd_train."
     try: return start(parser().parse_args(argv))

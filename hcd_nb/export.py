@@ -57,7 +57,7 @@ def description(
 ) -> dict: # of str
     "What one must know to use an exported encoder."
     h, w = encoder.image_size
-    record = Path(run) / 'record.json'
+    record = run_file(run).parent / 'record.json'
     commit = json.loads(record.read_text()).get('commit', '') if record.is_file() else ''
     return dict(made_by=f'hcd_nb {hcd_nb.__version__}', encoder=encoder.name, commit=commit, height=str(h), width=str(w), dimensions=str(encoder.dim),
                 input=f'images: uint8 (batch, 3, {h}, {w}), channels red, green, blue', output=f'features: float32 (batch, {encoder.dim}), rows of norm 1: the dot product of two is their cosine',
@@ -112,11 +112,11 @@ def some_crops(
     n=10, # crops
 ) -> tuple: # (n, 3, h, w) uint8, and what they are
     "Crops to check an exported encoder on."
-    config = Path(run) / 'config.json'
+    config = run_file(run).parent / 'config.json'
     try:
         images = read_domain(json.loads(config.read_text())['target'], check=False).train
         return ImageStore(images.paths[:n], size)[range(min(n, len(images)))], 'crops of the target set'
-    except (OSError, DataError, KeyError):
+    except (OSError, ValueError, KeyError): # no target, not there any more, or no configuration
         return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), 'noise (the target set of the run is not at hand)'
 
 def largest_difference(
@@ -139,6 +139,7 @@ def export_encoder(
     source = run_file(run)
     encoder, (write, name) = one_domain(load_encoder(source)), FORMATS[form]
     out = Path(out or source.parent / name)
+    if out.is_dir(): raise ValueError(f'{out} is a folder: name a file with --out, such as {out / name}')
     if out.resolve() == source.resolve(): raise ValueError(f'{out} is the encoder itself: choose another name with --out')
     out.parent.mkdir(parents=True, exist_ok=True)
     part, (crops, what) = out.with_name(f'.part-{out.name}'), some_crops(run, encoder.image_size)

@@ -90,15 +90,18 @@ def save_features(
 ):
     "Write a table of features."
     file = Path(file)
+    if file.is_dir(): raise ValueError(f'{file} is a folder: name a file with --out')
     names = table[['shown', 'identity', 'camera']].rename(columns={'shown': 'path'}).reset_index(drop=True)
     file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f'.part-{file.name}')
     if file.suffix == '.npy':
-        np.save(file, features.numpy())
+        np.save(part, features.numpy())
         names.to_csv(file.with_suffix('.csv'), index=False)
     else:
         rows = pa.FixedSizeListArray.from_arrays(pa.array(features.flatten().numpy()), features.shape[1])
         whole = pa.Table.from_pandas(names, preserve_index=False).append_column('feature', rows)
-        pq.write_table(whole.replace_schema_metadata({'hcd_nb': json.dumps(about)}), file)
+        pq.write_table(whole.replace_schema_metadata({'hcd_nb': json.dumps(about)}), part)
+    os.replace(part, file)
 
 # %% ../nbs/27_search.ipynb #6a0c2edf
 def load_features(
@@ -206,6 +209,7 @@ def search_parser() -> argparse.ArgumentParser:
     p.add_argument('query', help='a picture')
     p.add_argument('folder', help='where to search: a folder, a .csv table, an embedded set, or the .parquet that hcd_embed wrote for one')
     p.add_argument('--pictures', help='folder that the names of a .parquet start from; left out: the folder that it was made of')
+    p.add_argument('--skip-bad', action='store_true', help='leave unreadable images of the folder out')
     p.add_argument('--top', type=int, default=10, help='matches to show; left out: 10')
     p.add_argument('--out', default='matches.png', help='picture to write; left out: matches.png')
     p.add_argument('--device', help='cpu, cuda, cuda:1 …; left out: a GPU if there is one')
@@ -213,13 +217,17 @@ def search_parser() -> argparse.ArgumentParser:
 
 def searched(args, encoder, about): # table and features
     "What hcd_search searches in: read from a file, or computed."
+    if Path(args.folder).suffix == '.npy': raise DataError(f'{args.folder} has no names in it: search in the .parquet that hcd_embed writes')
     if Path(args.folder).suffix != '.parquet':
-        doctor = Doctor(args.folder)
+        doctor = Doctor(args.folder, args.skip_bad)
         return embed(encoder, list_images(args.folder, doctor), doctor, progress=sys.stderr.isatty())
     names, features = load_features(args.folder, about)
     base = args.pictures or json.loads(pq.read_schema(args.folder).metadata[b'hcd_nb']).get('folder', '')
-    base = locate(base, Doctor(base))
-    return names.assign(path=[str((base.parent if base.is_file() else base) / p) for p in names.path], shown=names.path), features
+    try: base = locate(base, Doctor(base))
+    except DataError: raise DataError(f'the pictures of {args.folder} are not in {base}: say where they are now with --pictures') from None
+    paths = [str((base.parent if base.is_file() else base) / p) for p in names.path]
+    if not os.path.exists(paths[0]): raise DataError(f'{paths[0]}, named in {args.folder}, is not there: say where the pictures are now with --pictures')
+    return names.assign(path=paths, shown=names.path), features
 
 # %% ../nbs/27_search.ipynb #c0213be2
 def start_search(args):
@@ -227,7 +235,7 @@ def start_search(args):
     if args.top < 1: raise ValueError(f'--top is {args.top}: ask for at least one match')
     encoder, about = open_run(args.run, choose_device(args.device))
     if not Path(args.query).is_file(): raise DataError(f'there is no picture {args.query}: give the file name of one')
-    read_image(args.query, encoder.image_size)
+    if fault := image_fault(args.query): raise DataError(f'the query {args.query} cannot be read ({fault}): give another picture')
     found = best_matches(args.query, *searched(args, encoder, about), encoder, args.top)
     if not len(found): raise DataError(f'{args.folder} holds nothing but the query: name a folder with more pictures')
     draw_matches(args.query, found, min(10, args.top)).savefig(args.out, dpi=150)

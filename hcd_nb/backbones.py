@@ -88,7 +88,7 @@ def torchvision_backbone(
         if child not in BEHIND_THE_MAP: kept.add_module(child, module)
     try: gives_map = probe(kept).ndim == 4
     except (RuntimeError, NotImplementedError, AssertionError): gives_map = False
-    if not gives_map: raise ValueError(f"torchvision's {name} gives no map of features for crops of people: take one of timm's instead, such as timm/{name.split('_')[0]}_... (pip install 'hcd_nb[timm]')")
+    if not gives_map: raise ValueError(f"torchvision's {name} gives no map of features for crops of people: take one of timm's transformers instead, such as timm/vit_small_patch16_224 (pip install 'hcd_nb[timm]')")
     return last_stride_one(kept)
 
 # %% ../nbs/04_backbones.ipynb #fc842b15

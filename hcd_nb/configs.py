@@ -82,7 +82,7 @@ def converted(name, value, types):
     "A setting's value in its type, from text where it was typed"
     if name not in types:
         alike = difflib.get_close_matches(name, types, 3, .6)
-        raise ValueError(f"There is no setting {name!r}{'; did you mean ' + ' or '.join(alike) if alike else ''}? The settings are: {', '.join(sorted(types))}.")
+        raise ValueError(f"There is no setting {name!r}{' (did you mean ' + ' or '.join(alike) + '?)' if alike else ''}; the settings are: {', '.join(sorted(types))}.")
     try: return value in (True, "True", "true", "1") if types[name] is bool else types[name](value)
     except ValueError: raise ValueError(f"Setting {name} takes {types[name].__name__}, not {value!r}.") from None
 

@@ -15,7 +15,7 @@ from .neighbors import check_index
 @dataclass
 class Config:
     "Every setting of a run; the defaults are the paper's schedule."
-    method:str = "hcd"           # hcd: Algorithm 2 or 3; dbscan: labels found anew each epoch; direct: the source alone; oracle: the target's true labels
+    method:str = "hcd"           # hcd: Algorithm 2 or 3; a baseline: dbscan, spcl, odc, moco, byol, instance; direct: the source alone; oracle: the target's true labels
     source:str = ""              # labelled source set, as data.read_domain takes it; empty: Algorithm 3
     target:str = ""              # unlabelled target set
     encoder:str = "resnet50"     # backbone: torchvision's names, timm/ and timm's, or resnet10s
@@ -27,7 +27,7 @@ class Config:
     iterations:int = 24000       # iterations with the target
     label_start:int = 400        # target iterations before the labels begin to move
     label_every:int = 1          # target iterations from one label update to the next
-    epoch:int = 400              # target iterations from one clustering to the next, of method dbscan
+    epoch:int = 400              # target iterations from one clustering to the next, of methods dbscan and spcl
     batch_size:int = 64          # images of each domain
     n_instances:int = 4          # images of a class in a batch
     bn_group:int = 0             # images that batch norm sees together; 0: the whole batch of a domain
@@ -65,6 +65,10 @@ class RunConfig(Config):
     cut:float = .45              # edges only above this similarity
     confirm:float = .6           # average link that groups need to stay in a cluster, of the default form
     join:float = .85             # average link that clusters need to merge, of the default form; higher: smaller clusters
+    gap:float = .02              # how far eps is moved to see which clusters are reliable, of method spcl
+    n_classes:int = 500          # classes of method odc
+    queue:int = 65536            # keys of method moco; at most half the target's images
+    ema:float = 0.               # momentum of the second encoder; 0: .996 for byol, .999 for moco
     skip_bad:bool = False        # leave unreadable images out
     test_share:float = .5        # identities held out where a folder names no split
 
@@ -94,8 +98,8 @@ def make_config(preset="full",  # name in PRESETS
     types = {f.name: f.type if isinstance(f.type, type) else type(f.default) for f in fields(RunConfig)}
     return RunConfig(**{name: converted(name, value, types) for name, value in {**PRESETS[preset], **changes}.items()})
 
-# %% ../nbs/20_configs.ipynb #d2cc828a
-CHOICES = dict(method=("hcd", "dbscan", "direct", "oracle"), on_collapse=("stop", "reinit", "continue"), precision=("auto", "fp32", "bf16"), dynamics=("default", "paper"))
+# %% ../nbs/20_configs.ipynb #02abeea2
+CHOICES = dict(method=("hcd", "dbscan", "spcl", "odc", "moco", "byol", "instance", "direct", "oracle"), on_collapse=("stop", "reinit", "continue"), precision=("auto", "fp32", "bf16"), dynamics=("default", "paper"))
 
 def check_config(config):
     "Raise ValueError for settings that exclude a run"
@@ -121,7 +125,9 @@ def settled(config,       # RunConfig
     c = replace(config, precision=chosen_precision(config.precision, device))
     if not c.source: c.pretrain = 0
     if c.method == "direct": c.pretrain, c.iterations = c.pretrain or c.iterations, 0
-    if c.method == "oracle": c.label_start = c.iterations
+    if c.method in ("oracle", "instance", "byol", "moco"): c.label_start = c.iterations
+    if c.method == "moco": c.bn_group = c.bn_group or max(c.batch_size//4, 1)
+    c.ema = c.ema or {"byol": .996, "moco": .999}.get(c.method, 0.)
     paper = c.dynamics == "paper"
     c.mutual_k, c.nn_mutual_k = c.mutual_k or (30 if paper else 10), c.nn_mutual_k or (20 if paper else 10)
     return c

@@ -1,0 +1,56 @@
+"""The baselines in the common loop: stopped and resumed they end alike, and two processes train as one."""
+import pandas as pd
+import pytest
+from hcd_nb.command import configure, method_class, parser
+from hcd_nb.training import train
+from test_command import TINY, hcd_train, same_results, world  # noqa: F401 (world is a fixture)
+from test_processes import torchrun
+
+BASELINES = ("spcl", "odc", "moco", "byol", "instance")
+
+
+def words(world, method, source=True):  # noqa: F811
+    return [*TINY, "--method", method, "--target", str(world/"target"), "--pretrain", "6", "--iterations", "16", "--set", "n_classes=10", "--set", "epoch=4",
+            *(["--source", str(world/"source")] if source else [])]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("source", [True, False], ids=["with source", "alone"])
+@pytest.mark.parametrize("method", BASELINES)
+def test_stopped_and_resumed_equals_an_unbroken_run(world, tmp_path, method, source):  # noqa: F811
+    config = configure(parser().parse_args(words(world, method, source)))
+    go = lambda name, **more: train(config, tmp_path/name, progress=False, method=method_class(method), **more)
+    whole, broken = go("whole"), go("broken", stop_at=13)
+    assert whole.done and not broken.done
+    assert go("broken", resume=True).done
+    same_results(tmp_path/"whole", tmp_path/"broken")
+    columns = pd.read_parquet(tmp_path/"whole"/"history.parquet").drop(columns="seconds")
+    pd.testing.assert_frame_equal(columns, pd.read_parquet(tmp_path/"broken"/"history.parquet").drop(columns="seconds"), check_dtype=False)
+    assert columns["target_loss"].notna().sum() == 16
+    assert ("source_loss" in columns) == source
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["spcl", "moco", "byol"])
+def test_two_processes_equal_one(world, tmp_path, method):  # noqa: F811
+    """In double precision, where Adam does not blow a last digit up to a different run."""
+    (tmp_path/"go.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64); from hcd_nb.command import main; sys.exit(main())")
+    for n in (1, 2):
+        status, out, err = torchrun(tmp_path/"go.py", *words(world, method), "--out", tmp_path/str(n), n=n)
+        assert status == 0, err[-3000:]
+    one, two = (pd.read_parquet(tmp_path/str(n)/"history.parquet").drop(columns="seconds") for n in (1, 2))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_odc_says_that_it_runs_in_one_process(world, tmp_path):  # noqa: F811
+    (tmp_path/"go.py").write_text("import sys; from hcd_nb.command import main; sys.exit(main())")
+    status, out, err = torchrun(tmp_path/"go.py", *words(world, "odc"), "--out", tmp_path/"run")
+    assert status != 0 and "Method odc runs in one process" in err
+
+
+@pytest.mark.timeout(300)
+def test_a_baseline_from_the_command_line(world, tmp_path):  # noqa: F811
+    status, out, err = hcd_train(*words(world, "byol", source=False), "--out", tmp_path/"run")
+    assert status == 0, err
+    assert "after" in out and (tmp_path/"run"/"record.json").exists()

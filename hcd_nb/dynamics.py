@@ -62,6 +62,8 @@ class ClusterDynamics:
     node0: str = 'sample'       # node 0 of a merge: 'sample', the image, or 'centre', of its cluster
     anchors: str = 'farthest'   # 'farthest', 'random' or 'density'
     centres: str = 'mean'       # cluster centres: 'mean' as they are, 'unit' of length 1
+    splits: bool = True         # False: step 2a is left out
+    merges: bool = True         # False: step 2b is left out
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
@@ -282,8 +284,8 @@ def reference(self: ClusterDynamics,
     label_bank.adopt(batch, chain_ends(batch, p))
     splits, merges = [], []
     for h in range(label_bank.n_levels):
-        splits.append(self.split_one_by_one(features, label_bank, batch, h, similar))
-        merges.append(self.merge_whole(features, label_bank, near, similarity, h, similar))
+        splits.append(self.split_one_by_one(features, label_bank, batch, h, similar) if self.splits else 0)
+        merges.append(self.merge_whole(features, label_bank, near, similarity, h, similar) if self.merges else 0)
     rejections = int((p == batch).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, share_moved(before, label_bank.labels[-1]))
 
@@ -500,8 +502,8 @@ def __call__(self: ClusterDynamics,
     with label_bank.recording() as journal:
         take_labels(label_bank, batch, chain_ends(batch, p))
         for h in range(label_bank.n_levels):
-            splits.append(self.split_level(features, label_bank, batch, h, similar))
-            merges.append(self.merge_level(features, label_bank, near, similarity, linked, h, similar))
+            splits.append(self.split_level(features, label_bank, batch, h, similar) if self.splits else 0)
+            merges.append(self.merge_level(features, label_bank, near, similarity, linked, h, similar) if self.merges else 0)
     images, old = (torch.cat(x) for x in zip(*journal))
     rejections = int((p == batch).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, moved_images(label_bank, images, old)/label_bank.n_images)

@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from .catalog import Doctor, parse_camera, parse_name
-from .command import choose_device
+from .configs import choose_device
 from .data import locate, read_csv
 from .encoder import extract_features, load_encoder, one_domain
 from .export import run_file

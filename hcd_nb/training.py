@@ -49,7 +49,8 @@ from .sampler import PseudoClassSampler
 def dynamics_of(config, # RunConfig
                 ) -> ClusterDynamics:
     "Algorithm 1 in the form and with the options of a configuration."
-    same = dict(alpha_s=config.alpha_s, alpha_m=config.alpha_m, sigma=config.sigma, n_anchors=config.n_anchors, n_neighbours=config.n_neighbours, cut=config.cut)
+    names = ("alpha_s", "alpha_m", "sigma", "n_anchors", "n_neighbours", "cut", "neighbour", "node0", "anchors", "splits", "merges")
+    same = {name: getattr(config, name) for name in names}
     same |= {k: getattr(config, k) for k in ("mutual_k", "nn_mutual_k") if getattr(config, k)}
     return ClusterDynamics.paper(**same) if config.dynamics == "paper" else ClusterDynamics(**same, confirm=config.confirm, join=config.join)
 
@@ -61,11 +62,12 @@ class Method(nn.Module):
         super().__init__()
     def first_labels(self, t, rows): # (N_t, d) rows to find labels in → LabelBank
         return t.dbscan_labels(rows)
-    def centres(self, t): # → (C_t, d) negatives of Eq. 1, (N_t,) int64 classes to draw batches by
-        classes, n_classes = t.label_bank.class_index()
+    def centres(self, t, h=-1): # level → (C_t, d) its centres, (N_t,) int64 its classes; of the top: negatives of Eq. 1, and what batches are drawn by
+        classes, n_classes = t.label_bank.class_index(h)
         return cluster_means(t.feature_bank.target, classes, n_classes), classes
     def loss(self, t, centres, classes): # → loss, features (B, d) for the bank, batch (B,)
-        return t.target_loss(centres, classes)
+        finer = range(t.config.levels - 1) if t.config.loss_levels == "all" else ()
+        return t.target_loss(centres, classes, [self.centres(t, h) for h in finer])
     def update(self, t, batch): # after the step and the update of the feature bank → a row of the history
         return {}
 
@@ -75,11 +77,15 @@ class HCD(Method):
     def __init__(self, t):
         super().__init__(t)
         self.dynamics = dynamics_of(t.config)
+        self.register_buffer("drawn", torch.zeros(len(t.target), dtype=torch.bool))    # since the last update
     def update(self, t, batch):
         since = t.since_start()
-        if since < 0 or since % t.config.label_every: return {}
+        if since < 0: return {}
+        self.drawn[batch] = True
+        if since % t.config.label_every: return {}
         if since % (100*t.config.label_every) == 0: t.take_means()
-        report = self.dynamics(t.label_rows, t.label_bank, batch)
+        report = self.dynamics(t.label_rows, t.label_bank, self.drawn.nonzero()[:, 0])
+        self.drawn.zero_()
         levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
         return {**levels, "adoptions": report.adoptions, "rejections": report.rejections, "moved": report.moved}
 
@@ -252,13 +258,14 @@ def source_loss(self:Trainer, centres):
     return loss, gathered(features.detach()), classes
 
 @patch
-def target_loss(self:Trainer, centres, classes):
-    "Draw a target batch by its pseudo labels; its loss, features and indices."
+def target_loss(self:Trainer, centres, classes, finer=()):
+    "Draw a target batch by its pseudo labels; its loss, features and indices. `finer`: centres and classes of more levels."
     batch = self.target_sampler.batch(classes.cpu(), self.target_cameras)
     features = self.features(self.view(self.target, batch), self.target_domain)
     prototypes = None if self.source is None else self.feature_bank.source
-    loss = contrastive_loss(features, classes[batch.to(self.device)][share(len(batch))], centres, prototypes, self.config.temperature)
-    return loss, gathered(features.detach()), batch.to(self.device)
+    own = batch.to(self.device)[share(len(batch))]
+    losses = [contrastive_loss(features, y[own], c, prototypes, self.config.temperature) for c, y in ((centres, classes), *finer)]
+    return sum(losses)/len(losses), gathered(features.detach()), batch.to(self.device)
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-6
 @patch

@@ -428,6 +428,7 @@ class Run:
                  method=None,   # a class derived from Method; None: the one that the configuration names
                  ):
         self.config, self.out, self.device, self.seconds, self.evaluations, self.warn_again = config, Path(out), device, 0., [], 0
+        self.changes, self.seen = [], None
         size = (config.height, config.width)
         self.domain = read_domain(config.target, skip_bad=config.skip_bad, test_share=config.test_share)
         self.source = read_domain(config.source, skip_bad=config.skip_bad, test_share=0).train.known() if config.source else None
@@ -452,6 +453,15 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
     if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
 
+@patch
+def note_changes(self:Run):
+    "Keep which images got another label at the top level in this iteration: rows of iteration, image, label."
+    labels = self.trainer.label_bank.labels[-1].cpu().clone()
+    changed = (torch.arange(len(labels)) if self.seen is None else (labels != self.seen).nonzero()[:, 0]).int()
+    self.changes.append(torch.stack([torch.full_like(changed, self.trainer.iteration), changed, labels[changed].int()], 1))
+    self.seen = labels
+
+# %% ../nbs/21_training.ipynb #fb6e1bdc-11
 @patch
 def score(self:Run, stage):
     "Evaluate the encoder on the target's test images and keep the figures under this stage's name."
@@ -480,7 +490,7 @@ def guard(self:Run):
     if what == "reinit":
         t.history[-1].update(reinitialised=1., moved=t.find_labels_anew())
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-11
+# %% ../nbs/21_training.ipynb #fb6e1bdc-12
 @patch
 def milestone(self:Run):
     "What has to happen before the iteration that comes now."
@@ -495,7 +505,7 @@ def milestone(self:Run):
         self.start_target()
     elif t.iteration % c.evaluate_every == 0 and t.label_bank is not None: self.score(f"iteration {t.iteration}")
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-12
+# %% ../nbs/21_training.ipynb #fb6e1bdc-13
 @patch
 def start_target(self:Run):
     "Fill both banks; only an oracle is given the target's identities."
@@ -509,15 +519,17 @@ def start_target(self:Run):
 def save(self:Run):
     "Write the checkpoint."
     self.out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(self.trainer, self.out/"checkpoint.safetensors", seconds=self.seconds, evaluations=self.evaluations)
+    kept = {"changes": torch.cat(self.changes)} if self.changes else {}
+    save_checkpoint(self.trainer, self.out/"checkpoint.safetensors", seconds=self.seconds, evaluations=self.evaluations, **kept)
 
 @patch
 def load(self:Run):
     "Continue from the folder's checkpoint."
     more = load_checkpoint(self.trainer, self.out/"checkpoint.safetensors")
     self.seconds, self.evaluations = more["seconds"], more["evaluations"]
+    if "changes" in more: self.changes, self.seen = [more["changes"]], self.trainer.label_bank.labels[-1].cpu().clone()
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-13
+# %% ../nbs/21_training.ipynb #fb6e1bdc-14
 @patch
 def go(self:Run,
        progress=True, # show a bar
@@ -533,7 +545,9 @@ def go(self:Run,
             self.milestone()
             iterating = time.perf_counter()
             row = t.iterate()
-            if t.label_bank is not None: row.update(self.watch())
+            if t.label_bank is not None:
+                row.update(self.watch())
+                if c.label_history: self.note_changes()
             now = time.perf_counter()
             t.history.append({**row, "seconds": now - iterating})
             self.guard()
@@ -557,7 +571,7 @@ def status(history, # rows of Run.go, newest last
     if f"ari_{len(levels)}" in row: shown["ARI"] = f"{row[f'ari_{len(levels)}']:.2f}"
     return {**shown, "images/s": f"{images*len(recent)/sum(recent):.0f}"}
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-14
+# %% ../nbs/21_training.ipynb #fb6e1bdc-15
 @patch
 def finish(self:Run):
     "Score the last encoder and write the results."
@@ -581,6 +595,7 @@ def write_labels(self:Run):
     write_whole(self.out/"label_bank.safetensors", lambda part: save_file({"labels": labels}, part))
     levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
     pd.DataFrame({"path": self.domain.train.paths, **levels}).to_csv(self.out/"pseudo_identities.csv", index=False)
+    if self.changes: pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"]).to_parquet(self.out/"label_history.parquet", index=False)
 
 # %% ../nbs/21_training.ipynb #c266ef1a
 def surroundings(device) -> dict: # commit, versions, device, cores

@@ -106,7 +106,7 @@ def methods_of(world): # → dict: row → (name of the runs, settings, row of d
             "DBSCAN each epoch": ("dbscan", dict(method="dbscan"), ""),
             "SpCL": ("spcl", dict(method="spcl"), ""),
             "HCD, the paper's form": ("paper", dict(method="hcd", dynamics="paper"), "HCD"),
-            "HCD": ("hcd", dict(method="hcd", dynamics="default"), ""),
+            "HCD": ("hcd", dict(method="hcd", dynamics="default", label_history=True), ""),
             "supervised": ("oracle", dict(method="oracle"), "")}
 
 def s_table_1(world) -> list: # of Cell
@@ -180,7 +180,7 @@ def differences(
     "Settings in which a record is not what is planned"
     c = asdict(settled(make_config(world.preset, **run.settings)))
     had = record["config"]
-    return [f"{k}: {had[k]}, planned {v}" for k, v in c.items() if k in had and k not in ("source", "target", "weights", "precision") and had[k] != v]
+    return [f"{k}: {had[k]}, planned {v}" for k, v in c.items() if k in had and k not in ("source", "target", "weights", "precision", "label_history") and had[k] != v]
 
 # %% ../nbs/40_results.ipynb #a869a311
 METRICS = ("mAP", "R1", "R5", "camera-normalised mAP", "label ARI")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_AS', 'ALPHAS', 'VARIANTS', 'TABLES', 'METRICS', 'World', 'embedded_world', 'market_world', 'Planned',
-           'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1', 's_table_sweep', 'claims', 'runs_of',
-           'find_records', 'differences', 'published', 'figures', 'cell_rows', 'long_table', 'entry', 'wide_table',
-           'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars', 'draw_table', 'write_table']
+           'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1', 'from_scratch', 's_table_sweep',
+           'claims', 'runs_of', 'find_records', 'differences', 'published', 'figures', 'cell_rows', 'long_table',
+           'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars', 'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -105,7 +105,7 @@ def methods_of(world): # → dict: row → (name of the runs, settings, row of d
             "ODC": ("odc", dict(method="odc", **world.odc), "ODC"),
             "DBSCAN each epoch": ("dbscan", dict(method="dbscan"), ""),
             "SpCL": ("spcl", dict(method="spcl"), ""),
-            "HCD, the paper's form": ("paper", dict(method="hcd", dynamics="paper"), "HCD"),
+            "HCD, the paper's form": ("paper", dict(method="hcd", dynamics="paper", label_history=True), "HCD"),
             "HCD": ("hcd", dict(method="hcd", dynamics="default", label_history=True), ""),
             "supervised": ("oracle", dict(method="oracle"), "")}
 
@@ -117,6 +117,16 @@ def s_table_1(world) -> list: # of Cell
         for row, (name, settings, known) in methods_of(world).items():
             runs = tuple(adapted_run(world, target, s, name, **settings) for s in world.seeds)
             cells.append(Cell(row, title, runs, published=("S-Table 1", known, PUBLISHED_AS[target][0])))
+    return cells
+
+# %% ../nbs/40_results.ipynb #6c565d4b
+def from_scratch(world) -> list: # of Cell
+    "Unsupervised training of random weights, on the first set"
+    target, title = next(iter(world.titles.items()))
+    cells = [Cell("before: random weights", title, (start_run(world, target, s),), "before") for s in world.seeds[:1] if world.start]
+    for row, (name, settings, _) in methods_of(world).items():
+        runs = tuple(replace(adapted_run(world, target, s, f"random-{name}", **settings, weights="none"), start="") for s in world.seeds[:1])
+        cells.append(Cell(row, title, runs))
     return cells
 
 # %% ../nbs/40_results.ipynb #0965228a
@@ -154,8 +164,8 @@ def claims(world) -> list: # of Cell
     cells = [Cell(row, f"{source} → {target}", runs("hcd", changes, method="hcd")) for row, changes in VARIANTS.items()]
     return cells + [Cell("all labels anew by DBSCAN each epoch", f"{source} → {target}", runs("hcd-dbscan", {}, method="dbscan"))]
 
-# %% ../nbs/40_results.ipynb #0f75120f
-TABLES = {"1": s_table_1, "2": lambda w: s_table_sweep(w, 2), "3": lambda w: s_table_sweep(w, 3), "claims": claims}
+# %% ../nbs/40_results.ipynb #4c0a40c7
+TABLES = {"1": s_table_1, "2": lambda w: s_table_sweep(w, 2), "3": lambda w: s_table_sweep(w, 3), "claims": claims, "scratch": from_scratch}
 
 def runs_of(cells) -> dict: # name → Planned
     "All runs of some cells, each once"
@@ -290,7 +300,7 @@ def draw_table(number, long) -> Figure:
     return draw_sweep(long, {"2": r"$\alpha_m$", "3": r"$\alpha_s$"}[number]) if number in ("2", "3") else draw_bars(long)
 
 def write_table(
-    number, # "1", "2", "3" or "claims"
+    number, # a key of TABLES
     world,  # World
     records, # dict: name → record
     folder, # where to
@@ -298,7 +308,7 @@ def write_table(
     "Write a table as CSV, Markdown, LaTeX and a picture"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     long = long_table(TABLES[number](world), world, records)
-    wide, name = wide_table(long), f"{'' if number == 'claims' else 's_table_'}{number}_{world.name}"
+    wide, name = wide_table(long), f"{'s_table_' if number.isdigit() else ''}{number}_{world.name}"
     long.round(6).to_csv(folder/f"{name}.csv", index=False)
     (folder/f"{name}.md").write_text(as_markdown(wide), encoding="utf-8")
     (folder/f"{name}.tex").write_text(as_latex(wide), encoding="utf-8")

@@ -182,7 +182,7 @@ def write_figure(
 def parser() -> argparse.ArgumentParser:
     "The words that hcd_tables understands"
     p = argparse.ArgumentParser("hcd_tables", description="Make the supplement's tables from records of runs; with --run, make the missing runs first.")
-    p.add_argument("--table", action="append", default=[], choices=("1", "2", "3", "claims"), help="which table; may be repeated; with neither --table nor --figure: all of them")
+    p.add_argument("--table", action="append", default=[], choices=("1", "2", "3", "claims", "scratch"), help="which table: the supplement's three, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
     p.add_argument("--figure", action="append", default=[], choices=("1",), help="S-Figure 1: trees of clusters over their pictures, and a page to explore them")
     p.add_argument("--world", default="embedded", choices=("embedded", "market"), help="embedded (default): the rendered pedestrians; market: Market-1501 and DukeMTMC-reID")
     p.add_argument("--market", default="", metavar="FOLDER", help="Market-1501, for --world market")
@@ -230,7 +230,7 @@ def start(args) -> int:
     records = find_records(world, args.runs)
     for n in numbers:
         long = write_table(n, world, records, args.out)
-        print(f"\n{'The claims' if n == 'claims' else f'S-Table {n}'}, {world.name} world\n\n{as_markdown(wide_table(long, METRICS[:3]))}")
+        print(f"\n{f'S-Table {n}' if n.isdigit() else {'claims': 'One part changed at a time', 'scratch': 'From random weights'}[n]}, {world.name} world\n\n{as_markdown(wide_table(long, METRICS[:3]))}")
     if numbers: print(f"Written to {args.out}/ as CSV, Markdown, LaTeX and PNG.")
     if figure: print(f"S-Figure 1: {', '.join(write_figure(world, args.runs, args.out)) or 'nothing to draw yet'}, in {args.out}/.")
     return 1 if failed else 0

@@ -33,11 +33,12 @@ class Labels:
 
 def labels_of(
     name, # of a run
-    folder="runs/embedded", # where runs are; else the repository's are taken
+    world="embedded", # of which results.World
+    runs="runs", # folder of runs; '': only those of the repository
 ) -> Labels:
     "The labels of a run that kept its history; raises ValueError where there are none"
-    own, kept = Path(folder)/name, embedded_root()/"runs"/"embedded"
-    if (own/"label_history.parquet").exists(): table, changes = pd.read_csv(own/"pseudo_identities.csv"), pd.read_parquet(own/"label_history.parquet")
+    own, kept = Path(runs)/world/name, embedded_root()/"runs"/world
+    if runs and (own/"label_history.parquet").exists(): table, changes = pd.read_csv(own/"pseudo_identities.csv"), pd.read_parquet(own/"label_history.parquet")
     elif (kept/f"{name}.labels.parquet").exists(): table, changes = (pd.read_parquet(kept/f"{name}.{what}.parquet") for what in ("labels", "changes"))
     else: raise ValueError(f"{own} keeps no history of labels: make the run with --set label_history=True.")
     levels = sorted(c for c in table if c.startswith("level_"))

@@ -16,12 +16,15 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 from .configs import choose_device
 from .data import read_domain
 from .hierarchy import draw_s_figure_1, labels_of, page_data, stacked, write_page
-from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, runs_of, start_run, wide_table, write_table
+from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, resnet50_world, runs_of, start_run, wide_table, write_table
 
 # %% ../nbs/42_tables.ipynb #caccb12a
 def words_of(
@@ -156,7 +159,6 @@ def made_again(name, world, records, folder, device):
 # %% ../nbs/42_tables.ipynb #4d03003f
 def figure_cells(world): # → list of Cell
     "The cells whose first runs S-Figure 1 shows"
-    from dataclasses import replace
     return [replace(c, runs=c.runs[:1]) for c in TABLES["1"](world) if c.row == "HCD"]
 
 def write_figure(
@@ -165,11 +167,10 @@ def write_figure(
     folder, # where to
 ) -> list: # of the files' names
     "Draw S-Figure 1 for each set whose labels there are, and the page"
-    import matplotlib.pyplot as plt
     folder, pages, names = Path(folder), [], []
     folder.mkdir(parents=True, exist_ok=True)
     for k, path in world.domains.items():
-        try: labels = labels_of(f"{k}-hcd-0", f"{runs}/{world.name}")
+        try: labels = labels_of(f"{k}-hcd-0", world.name, runs)
         except ValueError as e: print(f"S-Figure 1, {world.titles[k]}: {e}"); continue
         figure = stacked(draw_s_figure_1(labels, path))
         names.append(f"s_fig_1_{k}.png")
@@ -184,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("hcd_tables", description="Make the supplement's tables from records of runs; with --run, make the missing runs first.")
     p.add_argument("--table", action="append", default=[], choices=("1", "2", "3", "claims", "scratch"), help="which table: the supplement's three, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
     p.add_argument("--figure", action="append", default=[], choices=("1",), help="S-Figure 1: trees of clusters over their pictures, and a page to explore them")
-    p.add_argument("--world", default="embedded", choices=("embedded", "market"), help="embedded (default): the rendered pedestrians; market: Market-1501 and DukeMTMC-reID")
+    p.add_argument("--world", default="embedded", choices=("embedded", "embedded-resnet50", "market"), help="embedded (default): the rendered pedestrians and a slim encoder, for two CPU cores; embedded-resnet50: the same pictures at 256x128 and ResNet-50 with ImageNet weights, for a GPU; market: Market-1501 and DukeMTMC-reID")
     p.add_argument("--market", default="", metavar="FOLDER", help="Market-1501, for --world market")
     p.add_argument("--duke", default="", metavar="FOLDER", help="a copy of DukeMTMC-reID that you hold already, for --world market; it was withdrawn by its university and is not to be had here")
     p.add_argument("--run", action="store_true", help="make the missing runs; they can be stopped with Ctrl-C and continued with the same command")
@@ -199,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/42_tables.ipynb #2c25d231
 def world_of(args): # of parser()
     "The world that was named"
+    if args.world == "embedded-resnet50": return resnet50_world()
     if args.world == "market" and not (args.market or args.duke): raise ValueError("--world market needs --market FOLDER, the unpacked Market-1501 (and --duke FOLDER for the tables of both).")
     return embedded_world() if args.world == "embedded" else market_world(args.market, args.duke)
 

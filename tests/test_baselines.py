@@ -6,8 +6,6 @@ from hcd_nb.training import train
 from test_command import TINY, hcd_train, same_results, world  # noqa: F401 (world is a fixture)
 from test_processes import torchrun
 
-BASELINES = ("spcl", "odc", "moco", "byol", "instance")
-
 
 def words(world, method, source=True):  # noqa: F811
     return [*TINY, "--method", method, "--target", str(world/"target"), "--pretrain", "6", "--iterations", "16", "--set", "n_classes=10", "--set", "epoch=4",
@@ -15,8 +13,7 @@ def words(world, method, source=True):  # noqa: F811
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("source", [True, False], ids=["with source", "alone"])
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method, source", [("spcl", True), ("odc", True), ("moco", False), ("byol", True), ("byol", False), ("instance", False)])
 def test_stopped_and_resumed_equals_an_unbroken_run(world, tmp_path, method, source):  # noqa: F811
     config = configure(parser().parse_args(words(world, method, source)))
     go = lambda name, **more: train(config, tmp_path/name, progress=False, method=method_class(method), **more)

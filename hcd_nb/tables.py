@@ -71,7 +71,7 @@ def minutes_of(
 def how_long(minutes, jobs): # of each run; runs at a time → text
     "A time as people say it"
     total = sum(minutes)/jobs
-    if total != total: return "nobody knows how long (no record yet)"
+    if total != total: return "time unknown: no record yet"
     return f"about {total:.0f} minutes" if total < 100 else f"about {total/60:.1f} hours"
 
 # %% ../nbs/42_tables.ipynb #bdee5285
@@ -211,7 +211,7 @@ def make_missing(cells, world, records, args, device):
     if lacking: print(f"Not given, and left blank: {', '.join(world.titles[k] for k in sorted(lacking))}.")
     if not n: return []
     time = how_long([minutes_of(r, records) for r in (starts | others).values()], args.jobs)
-    print(f"{n} runs {'to make' if args.run else 'are missing'}, which will take {time}{'' if args.run else '; make them with --run'}:\n  {', '.join(starts | others)}", flush=True)
+    print(f"{n} runs {'to make' if args.run else 'are missing'} ({time}){'' if args.run else '; make them with --run'}:\n  {', '.join(starts | others)}", flush=True)
     if not args.run: return []
     if args.slurm is not None: waves = lambda runs: submit_all(runs, world, args.runs, device, args.jobs, options=args.slurm)
     else: waves = lambda runs: run_all(runs, world, args.runs, device, args.jobs)

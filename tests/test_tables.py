@@ -79,5 +79,5 @@ def test_market_world_reads_what_there_is(tmp_path, capsys):
     """Nobody has run it here: every cell is blank, the published numbers stand beside, and what is missing is said."""
     assert main(["--world", "market", "--market", "/data/Market", "--table", "1", "--runs", str(tmp_path), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "left blank: DukeMTMC-reID" in out and "27 runs are missing, which will take nobody knows how long (no record yet)" in out
+    assert "left blank: DukeMTMC-reID" in out and "27 runs are missing (time unknown: no record yet)" in out
     assert "| HCD, the paper's form |" in out and "78.1" in out

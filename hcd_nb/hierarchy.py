@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'SHOW', 'BODY', 'Labels', 'labels_of', 'keep_labels', 'events_of', 'structured', 'draw_s_figure_1',
-           'stacked', 'thumbnail', 'page_data', 'write_page']
+           'stacked', 'thumbnail', 'page_data', 'page_of']
 
 # %% ../nbs/41_hierarchy.ipynb #259664a0
 import base64
@@ -126,10 +126,11 @@ def page_data(
     labels, # Labels
     images, # ImageSet of the same images
     n=16,   # clusters
+    limit=24, # images of a cluster, at most
 ) -> dict:
     "What the page knows of a set"
     clusters, shown = [], set()
-    for top in structured(labels.levels, n, 24):
+    for top in structured(labels.levels, n, limit):
         members = (labels.levels[-1] == top).nonzero()[:, 0].tolist()
         members.sort(key=lambda i: (labels.levels[:, i].flip(0).tolist(), i))
         clusters.append(dict(label=top, members=members, events=events_of(labels.changes, members)))
@@ -146,7 +147,7 @@ h1{font-size:1.2rem;margin:0 0 .5rem}h2{font-size:1rem;margin:1.2rem 0 .4rem}p{m
 nav button:hover{background:#eee}nav button.on{background:#dbe9ff}select{font:inherit;margin-bottom:.5rem}
 .h3{border:2px solid #2a7f3f;display:inline-flex;flex-wrap:wrap;padding:5px;gap:5px}.h2{border:2px dashed #d97706;display:inline-flex;flex-wrap:wrap;padding:4px;gap:4px}.h1{border:2px dotted #3b6fb6;display:inline-flex;flex-wrap:wrap;padding:3px;gap:3px}
 figure{margin:0;text-align:center;font-size:.72rem;cursor:pointer}figure img{display:block;width:44px;height:88px}figure.on{outline:3px solid #c026d3}
-table{border-collapse:collapse}td,th{padding:.1rem .7rem .1rem 0;text-align:left;vertical-align:top}td img{height:36px;margin-right:2px}svg text{font-size:11px}
+main{min-width:0}svg{max-width:100%}table{border-collapse:collapse}td,th{padding:.1rem .7rem .1rem 0;text-align:left;vertical-align:top}td img{height:36px;margin-right:2px}svg text{font-size:11px}
 @media(max-width:700px){body{display:block}}"""
 
 # %% ../nbs/41_hierarchy.ipynb #9e2cb528
@@ -191,11 +192,10 @@ BODY = """<nav><h1>The hierarchy</h1><label>Set <select id="set"></select></labe
 <h2>History of a picture</h2><div id="history"></div>
 <h2>Splits and merges</h2><table><thead><tr><th>iteration</th><th>what</th><th>pieces then</th><th>pictures that moved</th></tr></thead><tbody id="events"></tbody></table></main>"""
 
-def write_page(
-    file, # .html
+def page_of(
     sets, # of page_data
-) -> None:
-    "Write the page, whole"
+) -> str: # HTML
+    "The page, whole"
     data = json.dumps(sets, separators=(",", ":")).replace("</", "<\\/")
-    Path(file).write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>The hierarchy</title><style>{STYLE}</style>'
-                          f"<body>{BODY}<script>const DATA={data}\n{SCRIPT}\n{SHOW}</script></body></html>\n", encoding="utf-8")
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>The hierarchy</title><style>{STYLE}</style>'
+            f"<body>{BODY}<script>const DATA={data}\n{SCRIPT}\n{SHOW}</script></body></html>\n")

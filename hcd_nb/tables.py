@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 from .configs import choose_device
 from .data import read_domain
-from .hierarchy import draw_s_figure_1, labels_of, page_data, stacked, write_page
+from .hierarchy import draw_s_figure_1, labels_of, page_data, page_of, stacked
 from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, resnet50_world, runs_of, start_run, wide_table, write_table
 
 # %% ../nbs/42_tables.ipynb #caccb12a
@@ -176,7 +176,9 @@ def write_figure(
         names.append(f"s_fig_1_{k}.png")
         figure.savefig(folder/names[-1], dpi=110); plt.close(figure)
         pages.append(page_data(world.titles[k], labels, read_domain(path, check=False).train))
-    if pages: write_page(folder/f"s_fig_1_{world.name}.html", pages); names.append(f"s_fig_1_{world.name}.html")
+    if pages:
+        names.append(f"s_fig_1_{world.name}.html")
+        (folder/names[-1]).write_text(page_of(pages), encoding="utf-8")
     return names
 
 # %% ../nbs/42_tables.ipynb #2b612d18

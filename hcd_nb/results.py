@@ -283,7 +283,7 @@ def draw_sweep(
         ax.errorbar(x, part["mean"], part["sd"].fillna(0), fmt="o-", capsize=3, label=f"here: {column}")
         twin = ax.twinx()
         twin.plot(x, part["published"], "s--", color="C1", mfc="none"); ax.plot([], [], "s--", color="C1", mfc="none", label="published, other sets (right axis)")
-        ax.set(xlabel=name, ylabel="mAP, %", xticks=list(x), xticklabels=part["row"]); ax.legend(fontsize=7, loc="upper left")
+        ax.set(xlabel=name, ylabel="mAP, %", xticks=list(x), xticklabels=part["row"]); ax.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return figure
 
 def draw_bars(

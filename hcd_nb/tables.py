@@ -132,6 +132,7 @@ def submit_all(
     executor.update_parameters(**{**usual, **asked})
     plan = list(runs.values())
     work = executor.map_array(carry_out, [words_of(r, world, folder, device) for r in plan], [str(Path(folder)/world.name/r.name) for r in plan], [device]*len(plan))
+    print(f"{len(plan)} jobs handed to {cluster}; what they say is in {executor.folder}", flush=True)
     return [r.name for r, job in zip(plan, work) if job.result()]
 
 # %% ../nbs/42_tables.ipynb #b70699d9

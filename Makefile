@@ -22,7 +22,7 @@ notebooks: .venv/ready
 	$(BIN)/nbdev-export
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/*.ipynb
 	$(BIN)/nbdev-clean
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed -E -e 's#\(\.\./data/#(data/#g' -e 's#\(([0-9]{2}_[a-z_]+\.ipynb)\)#(nbs/\1)#g' > README.md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed -E -e 's#\(\.\./data/#(data/#g' -e 's#\(([0-9]{2}_[a-z0-9_]+\.ipynb)\)#(nbs/\1)#g' > README.md
 
 check: .venv/ready
 	$(BIN)/nbdev-clean

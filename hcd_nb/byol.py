@@ -11,9 +11,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
-from .moco import follow, follower, seeded
+from .moco import Followed, follower, seeded
 from .processes import gathered, shared_batch_norm
-from .training import Instance
 
 # %% ../nbs/33_byol.ipynb #cd783edb
 def perceptron(
@@ -40,8 +39,8 @@ def momentum_at(
     "BYOL's momentum: from τ_0 to 1 along half a cosine"
     return 1 - (1 - first)*(math.cos(math.pi*k/K) + 1)/2
 
-# %% ../nbs/33_byol.ipynb #91ef86f2
-class BYOL(Instance):
+# %% ../nbs/33_byol.ipynb #c055a354
+class BYOL(Followed):
     "Two views that predict each other, through a network and its slow copy"
     def __init__(self, t):
         super().__init__(t)
@@ -49,10 +48,7 @@ class BYOL(Instance):
         heads = seeded(t.config.seed, lambda: nn.ModuleList([perceptron(d, 2*d, 256), perceptron(256, 2*d, 256)]))
         self.projector, self.predictor = shared_batch_norm(heads)
         self.slow_encoder, self.slow_projector = follower(t.encoder), follower(self.projector)
-    def first_labels(self, t, rows):
-        self.slow_encoder.load_state_dict(t.encoder.state_dict()); self.slow_projector.load_state_dict(self.projector.state_dict())
-        return super().first_labels(t, rows)
-    def centres(self, t): return t.feature_bank.rows[:0], t.label_bank.labels[-1]
+    def pairs(self, t): return (self.slow_encoder, t.encoder), (self.slow_projector, self.projector)
 
 # %% ../nbs/33_byol.ipynb #fb6e1bdc
 @patch
@@ -68,6 +64,5 @@ def loss(self:BYOL, t, centres, classes):
 @patch
 def update(self:BYOL, t, batch):
     "The slow copy follows"
-    m = momentum_at(t.config.ema, t.iteration - t.config.pretrain, t.config.iterations)
-    for behind, ahead in ((self.slow_encoder, t.encoder), (self.slow_projector, self.projector)): follow(behind, ahead, m)
+    self.follow(t, momentum_at(t.config.ema, t.iteration - t.config.pretrain, t.config.iterations))
     return {}

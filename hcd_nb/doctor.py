@@ -211,10 +211,11 @@ def contact_sheet(self: Findings,
 def as_uri(
     image, # PIL image
     kind='JPEG', # or PNG
+    quality=85, # of a JPEG
 ): # str
     "A picture as text that stands inside a page."
     out = io.BytesIO()
-    image.save(out, kind, quality=85)
+    image.save(out, kind, quality=quality)
     return f'data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}'
 
 # %% ../nbs/06_doctor.ipynb #8f898b9f

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from .feature_bank import cluster_means
 from .label_bank import LabelBank
-from .processes import share, size
+from .processes import size
 from .training import Method
 
 # %% ../nbs/31_odc.ipynb #afcf2ffb
@@ -111,8 +111,7 @@ class ODC(Method):
 @patch
 def loss(self:ODC, t, centres, classes):
     "Weighted cross-entropy of a batch drawn by its classes"
-    batch = t.target_sampler.batch(classes.cpu(), t.target_cameras)
-    features = t.features(t.view(t.target, batch), t.target_domain)
+    batch, features = t.target_batch(classes)
     logits = features @ F.normalize(self.classifier, dim=1).T/t.config.temperature
     weights = class_weights(classes.bincount(minlength=len(self.centroids)))
     batch = batch.to(t.device)

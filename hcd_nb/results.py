@@ -64,7 +64,7 @@ class Planned:
     "A run that a table needs"
     name: str      # of its record
     settings: dict # that differ from the preset
-    start: str = ""# name of the run whose encoder it starts from
+    start: "Planned" = None # the run whose encoder it starts from
 
 def label(changes): # dict
     "What changed settings are called in a name"
@@ -87,11 +87,10 @@ def adapted_run(
     **settings # settings that the name stands for
 ) -> Planned:
     "A run on a world's set"
-    first = start_run(world, target, seed)
     both = dict(world.changes, target=world.domains[target], seed=seed, **settings, **(changes or {}))
     if source: both["source"] = world.domains[source]
     where = f"{source}-to-{target}" if source else target
-    return Planned(f"{where}-{name}{label(changes or {})}-{seed}", both, first.name if first else "")
+    return Planned(f"{where}-{name}{label(changes or {})}-{seed}", both, start_run(world, target, seed))
 
 # %% ../nbs/40_results.ipynb #922b19a9-2
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def from_scratch(world) -> list: # of Cell
     target, title = next(iter(world.titles.items()))
     cells = [Cell("before: random weights", title, (start_run(world, target, s),), "before") for s in world.seeds[:1] if world.start]
     for row, (name, settings, _) in methods_of(world).items():
-        runs = tuple(replace(adapted_run(world, target, s, f"random-{name}", **settings, weights="none"), start="") for s in world.seeds[:1])
+        runs = tuple(replace(adapted_run(world, target, s, f"random-{name}", **settings, weights="none"), start=None) for s in world.seeds[:1])
         cells.append(Cell(row, title, runs))
     return cells
 

@@ -19,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+from .command import SETTINGS
 from .configs import choose_device
 from .data import read_domain
 from .hierarchy import draw_s_figure_1, labels_of, page_data, page_of, stacked
-from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, resnet50_world, runs_of, start_run, wide_table, write_table
+from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, resnet50_world, runs_of, wide_table, write_table
 
 # %% ../nbs/42_tables.ipynb #caccb12a
 def words_of(
@@ -34,13 +33,9 @@ def words_of(
     device, # cpu, cuda, …
 ) -> list: # of str
     "The words of hcd_train for a planned run"
-    given = {"--method", "--source", "--target", "--seed"}
     words = ["--preset", world.preset]
-    if run.start: words += ["--weights", f"{folder}/{world.name}/{run.start}/encoder.safetensors"]
-    for k, v in run.settings.items():
-        if f"--{k}" in given: words += [f"--{k}", str(v)]
-        elif k == "on_collapse": words += ["--on-collapse", v]
-        else: words += ["--set", f"{k}={v}"]
+    if run.start: words += ["--weights", f"{folder}/{world.name}/{run.start.name}/encoder.safetensors"]
+    for k, v in run.settings.items(): words += [f"--{k.replace('_', '-')}", str(v)] if k in SETTINGS else ["--set", f"{k}={v}"]
     return [*words, "--device", device, "--out", f"{folder}/{world.name}/{run.name}"]
 
 # %% ../nbs/42_tables.ipynb #f4d28dee
@@ -84,12 +79,9 @@ def missing_runs(
     "What has to be run, in the order in which it can be"
     lacking = {k for k, path in world.domains.items() if not path}
     due = {n: r for n, r in runs_of(cells).items() if r.settings["target"] and r.settings.get("source", "-") and (n not in records or differences(records[n], world, r))}
-    starts = {}
-    for target in world.domains:
-        for seed in world.seeds:
-            s = start_run(world, target, seed)
-            if s and any(r.start == s.name for r in due.values()) and not (Path(folder)/world.name/s.name/"encoder.safetensors").exists(): starts[s.name] = s
-    return starts | {n: r for n, r in due.items() if n.startswith("start-")}, {n: r for n, r in due.items() if not n.startswith("start-")}, lacking
+    needed = {r.start.name: r.start for r in due.values() if r.start}
+    starts = {n: r for n, r in needed.items() if not (Path(folder)/world.name/n/"encoder.safetensors").exists()} | {n: r for n, r in due.items() if n.startswith("start-")}
+    return starts, {n: r for n, r in due.items() if not n.startswith("start-")}, lacking
 
 # %% ../nbs/42_tables.ipynb #faf7c1bd
 def run_all(
@@ -147,11 +139,11 @@ def made_again(name, world, records, folder, device):
     runs = {n: r for make in TABLES.values() for n, r in runs_of(make(world)).items()}
     have = sorted(set(runs) & set(records))
     if name not in have: raise ValueError(f"There is no record of a run {name!r} of the {world.name} world: there are {len(have)}, and the likeliest are {', '.join(difflib.get_close_matches(name, have, 3, 0)) or 'none'}.")
-    chain = {n: runs[n] for n in (runs[name].start, name) if n}
     folder = Path(folder)/"again"
-    for n in chain: shutil.rmtree(folder/world.name/n, ignore_errors=True)
-    for n, r in chain.items():
-        if run_all({n: r}, world, folder, device): raise ValueError(f"{n} did not come to its end: see {folder/world.name/n}/output.txt.")
+    for r in (runs[name].start, runs[name]):
+        if r is None: continue
+        shutil.rmtree(folder/world.name/r.name, ignore_errors=True)
+        if run_all({r.name: r}, world, folder, device): raise ValueError(f"{r.name} did not come to its end: see {folder/world.name/r.name}/output.txt.")
     differ = compared(records[name], json.loads((folder/world.name/name/"record.json").read_text(encoding="utf-8")))
     if not differ: return f"{name}: every figure is the same to the last digit."
     (stage, metric), (then, now) = max(differ.items(), key=lambda d: abs(d[1][0] - d[1][1]))
@@ -173,10 +165,10 @@ def write_figure(
     for k, path in world.domains.items():
         try: labels = labels_of(f"{k}-hcd-0", world.name, runs)
         except ValueError as e: print(f"S-Figure 1, {world.titles[k]}: {e}"); continue
-        figure = stacked(draw_s_figure_1(labels, path))
+        images = read_domain(path, check=False).train
         names.append(f"s_fig_1_{k}.png")
-        figure.savefig(folder/names[-1], dpi=110); plt.close(figure)
-        pages.append(page_data(world.titles[k], labels, read_domain(path, check=False).train))
+        stacked(draw_s_figure_1(labels, images)).save(folder/names[-1])
+        pages.append(page_data(world.titles[k], labels, images))
     if pages:
         names.append(f"s_fig_1_{world.name}.html")
         (folder/names[-1]).write_text(page_of(pages), encoding="utf-8")
@@ -186,7 +178,7 @@ def write_figure(
 def parser() -> argparse.ArgumentParser:
     "The words that hcd_tables understands"
     p = argparse.ArgumentParser("hcd_tables", description="Make the supplement's tables from records of runs; with --run, make the missing runs first.")
-    p.add_argument("--table", action="append", default=[], choices=("1", "2", "3", "claims", "scratch"), help="which table: the supplement's three, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
+    p.add_argument("--table", action="append", default=[], choices=tuple(TABLES), help="which table: the supplement's three, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
     p.add_argument("--figure", action="append", default=[], choices=("1",), help="S-Figure 1: trees of clusters over their pictures, and a page to explore them")
     p.add_argument("--world", default="embedded", choices=("embedded", "embedded-resnet50", "market"), help="embedded (default): the rendered pedestrians and a slim encoder, for two CPU cores; embedded-resnet50: the same pictures at 256x128 and ResNet-50 with ImageNet weights, for a GPU; market: Market-1501 and DukeMTMC-reID")
     p.add_argument("--market", default="", metavar="FOLDER", help="Market-1501, for --world market")

@@ -258,10 +258,15 @@ def source_loss(self:Trainer, centres):
     return loss, gathered(features.detach()), classes
 
 @patch
-def target_loss(self:Trainer, centres, classes, finer=()):
-    "Draw a target batch by its pseudo labels; its loss, features and indices. `finer`: centres and classes of more levels."
+def target_batch(self:Trainer, classes):
+    "Draw a target batch by its classes; indices, and features of this process's share with their graph."
     batch = self.target_sampler.batch(classes.cpu(), self.target_cameras)
-    features = self.features(self.view(self.target, batch), self.target_domain)
+    return batch, self.features(self.view(self.target, batch), self.target_domain)
+
+@patch
+def target_loss(self:Trainer, centres, classes, finer=()):
+    "Eq. 1 of a target batch drawn by its pseudo labels; loss, features and indices. `finer`: centres and classes of more levels."
+    batch, features = self.target_batch(classes)
     prototypes = None if self.source is None else self.feature_bank.source
     own = batch.to(self.device)[share(len(batch))]
     losses = [contrastive_loss(features, y[own], c, prototypes, self.config.temperature) for c, y in ((centres, classes), *finer)]

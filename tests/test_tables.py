@@ -1,14 +1,11 @@
 """hcd_tables: a small world from nothing to a table, and the committed tables agree with the committed records."""
-import io
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from hcd_nb.command import configure, parser
 from hcd_nb.results import TABLES, World, adapted_run, embedded_world, find_records, runs_of, s_table_1, write_table
-from hcd_nb.tables import carry_out, compared, made_again, main, missing_runs, run_all, submit_all, words_of
+from hcd_nb.tables import made_again, main, missing_runs, run_all, submit_all, words_of
 from hcd_nb.training import train
 from test_command import TINY, world  # noqa: F401 (world is a fixture)
 

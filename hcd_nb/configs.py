@@ -45,7 +45,7 @@ class Config:
 @dataclass
 class BankConfig(Config):
     "The settings of a run, with those of the banks."
-    normalise_cameras:bool = True # find labels on features without each camera's mean, where cameras are known
+    normalise_cameras:bool = True # find labels on features without each camera's mean, or, where cameras are unknown, without views that stand out
     momentum:float = .2          # m: row ← normalise(m·row + (1−m)·feature)
     temperature:float = .05      # τ of Eq. 1
     loss_levels:str = "top"      # levels whose clusters enter Eq. 1: top, or all, with equal weight

@@ -122,7 +122,7 @@ def update(self:ODC, t, batch):
     "New classes of the batch's images; small classes renewed; now and then, all centroids"
     since = t.since_start()
     if since < 0: return {}
-    if since % 100 == 0: t.take_means()
+    if since % 100 == 0: t.take_views()
     before, rows = t.label_bank.labels[-1].clone(), t.label_rows
     labels, batch = before.clone(), torch.unique(batch)
     labels[batch] = nearest_class(rows[batch], self.centroids)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['everything', 'SITUATIONS', 'RADII', 'FORMS', 'DRIFTS', 'World', 'identities', 'gaussians', 'world', 'best_dbscan',
-           'starts', 'batches', 'run', 'drift', 'add_rows', 'measure', 'measure_drift', 'main']
+           'starts', 'batches', 'run', 'without_views', 'drift', 'add_rows', 'dbscan_row', 'measure', 'measure_drift',
+           'main']
 
 # %% ../nbs/24_situations.ipynb #05c34f22
 import argparse, json, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,7 @@ from .evaluation import normalise_cameras
 from .label_bank import LabelBank, dbscan, singletons
 from .neighbors import encoding, pairs_within
 from .training import surroundings
+from .views import hidden_views
 
 # %% ../nbs/24_situations.ipynb #610620fe
 @dataclass
@@ -29,6 +31,7 @@ class World:
     rows: torch.Tensor   # (N, d) unit rows
     person: torch.Tensor # (N,) int64
     camera: torch.Tensor # (N,) int64
+    known: bool = False  # whether cameras are known: their means are out of the rows
 
 def identities(n, sizes, alone, generator):
     "(n,) int64 identities, in runs"
@@ -61,7 +64,7 @@ def world(
     "Unit rows of identity + shift·camera + noise·Gaussian"
     person, camera, direction, view, blur = gaussians(n, **dials)
     rows = normalize(direction[person] + shift*view[camera] + noise*blur, dim=1)
-    return World(normalise_cameras(rows, camera) if known else rows, person, camera)
+    return World(normalise_cameras(rows, camera) if known else rows, person, camera, known)
 
 # %% ../nbs/24_situations.ipynb #ef0ccea8
 everything = dict(sizes='pareto', alone=.3, shift=1.5, confusable=.5, uneven=.5)
@@ -118,6 +121,14 @@ def run(
     bank.check()
     return dict(ari=float(adjusted_rand_score(w.person, bank.labels[-1])), **done, needed=share_moved(labels, bank.labels[-1]), seconds=time.perf_counter() - began)
 
+# %% ../nbs/24_situations.ipynb #c5e219e6
+def without_views(
+    w: World,
+) -> World: # the same one where cameras are known, or nothing stands out
+    "A world without its hidden views"
+    views = None if w.known else hidden_views(w.rows)
+    return w if views is None else replace(w, rows=views.remove(w.rows, views.mean_of))
+
 # %% ../nbs/24_situations.ipynb #0e563e9c
 DRIFTS = {'sharpening': {}, 'hard': dict(sizes='pareto', alone=.3, shift=1.5, known=True)}
 
@@ -139,6 +150,9 @@ def drift(
     for i, batch in enumerate(batches(n, iterations, seed=seed)):
         rows = normalize(still + (3 - 2.4*i/iterations)*blur, dim=1)
         if dials['known']: rows = normalise_cameras(rows, camera)
+        elif form == 'default':
+            if i % 100 == 0: views = hidden_views(rows)
+            if views is not None: rows = views.remove(rows, views.mean_of)
         if form != 'DBSCAN': FORMS[form](rows, bank, batch)
         elif (i + 1)*64 // n > i*64 // n: bank = LabelBank.from_labels(singletons(dbscan(pairs_within(encoding(rows, 20, 6, 'exact'), .6), .6, 3)))
         if i % every == every - 1: seen.append(dict(iteration=i + 1, ari=float(adjusted_rand_score(person, bank.labels[-1]))))
@@ -149,6 +163,10 @@ def add_rows(file, rows):
     "Append rows to a table, which is made if need be"
     pd.DataFrame(rows).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5f')
 
+def dbscan_row(common, form, ari, by_eps):
+    "A row of the table for the DBSCAN of hindsight"
+    return dict(common, form=form, start=f'eps {max(by_eps, key=by_eps.get)}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.)
+
 def measure(folder, n, seeds, forms):
     "Every situation, start and form that is not in the table yet"
     file = folder/f'situations_{n}.csv'
@@ -158,11 +176,13 @@ def measure(folder, n, seeds, forms):
             missing, common = [form for form in ('DBSCAN', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
             if not missing: continue
             w = world(n, seed=seed, **dials)
-            found, best, by_eps = best_dbscan(w)
-            if 'DBSCAN' in missing: add_rows(file, [dict(common, form='DBSCAN', start=f'eps {max(by_eps, key=by_eps.get)}', ari=best, splits=0, merges=0, moved=0., needed=0., seconds=0.)])
+            clean, (found, *best) = without_views(w), best_dbscan(w)
+            if 'DBSCAN' in missing: add_rows(file, [dbscan_row(common, 'DBSCAN', *best)])
+            if 'default' in missing and clean is not w: add_rows(file, [dbscan_row(common, 'DBSCAN, views out', *best_dbscan(clean)[1:])])
             for form in missing[missing[0] == 'DBSCAN':]:
-                reach = FORMS[form].measure(w.rows) if FORMS[form].scale else None
-                add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], w, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
+                shown = clean if form == 'default' else w
+                reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
+                add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
 
 def measure_drift(folder, seeds):
     "Every simulated run that is not in the table yet"

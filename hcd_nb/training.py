@@ -35,7 +35,7 @@ from .configs import RunConfig, make_config, settled
 from .data import DataError, read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
-from .evaluation import adjusted_rand_index, camera_means, evaluate, normalise_cameras
+from .evaluation import adjusted_rand_index, evaluate, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
 from .guard import collapse, silhouette
 from .images import ImageStore
@@ -44,6 +44,7 @@ from .losses import contrastive_loss
 from .neighbors import recall
 from .processes import ShardedBank, ShardedRows, any_of, average_gradients, from_first, gathered, rank, share, shared_batch_norm, size
 from .sampler import PseudoClassSampler
+from .views import Views, camera_views, hidden_views
 
 # %% ../nbs/21_training.ipynb #6619452a
 def dynamics_of(config, # RunConfig
@@ -83,7 +84,7 @@ class HCD(Method):
         if since < 0: return {}
         self.drawn[batch] = True
         if since % t.config.label_every: return {}
-        if since % (100*t.config.label_every) == 0: t.take_means()
+        if since % (100*t.config.label_every) == 0: t.take_views()
         report = self.dynamics(t.label_rows, t.label_bank, self.drawn.nonzero()[:, 0])
         self.drawn.zero_()
         levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
@@ -129,7 +130,7 @@ class Trainer:
         trained = [p for module in (self.encoder, self.method) for p in module.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.target_domain = 0 if source is None else 1
-        self.feature_bank = self.label_bank = self.label_rows = self.means = self.recall = None
+        self.feature_bank = self.label_bank = self.label_rows = self.views = self.recall = None
         self.iteration, self.history = 0, []
         self.generator = torch.Generator().manual_seed(config.seed)
         sampler = lambda k: PseudoClassSampler(config.batch_size, config.n_instances, seed=2*config.seed + k)
@@ -187,22 +188,22 @@ def bank_features(self:Trainer, store, domain):
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-2
 @patch
-def take_means(self:Trainer):
-    "Each camera's mean, if it is to be removed, and all rows without it."
-    rows = self.feature_bank.target
-    if self.target_cameras is None or not self.config.normalise_cameras: self.label_rows = rows
-    else:
-        self.means, self.mean_of = camera_means(rows if size() == 1 else rows.whole(), self.target_cameras)
-        self.remove_means()
+def take_views(self:Trainer):
+    "The views of the cameras, or those that stand out where cameras are unknown, and all rows without them."
+    self.views, self.label_rows = None, self.feature_bank.target
+    if not self.config.normalise_cameras: return
+    rows = self.label_rows if size() == 1 else self.label_rows.whole()
+    self.views = hidden_views(rows) if self.target_cameras is None else camera_views(rows, self.target_cameras)
+    self.remove_views()
 
 @patch
-def remove_means(self:Trainer, batch=None):
-    "Rows without their cameras' means: those of a batch, or all."
-    if self.means is None: return
+def remove_views(self:Trainer, batch=None):
+    "Rows without views: those of a batch, or all."
+    if self.views is None: return
     target, shared = self.feature_bank.target, size() > 1
-    own, which = (target.own, self.mean_of[target.start:][:len(target.own)]) if shared else (target, self.mean_of)
+    own, mean_of = (target.own, self.views.mean_of[target.start:][:len(target.own)]) if shared else (target, self.views.mean_of)
     places = slice(None) if batch is None else target.mine(batch)[1] if shared else batch
-    rows = torch.nn.functional.normalize(own[places] - self.means[which[places]], dim=1)
+    rows = self.views.remove(own[places], mean_of[places])
     if batch is None: self.label_rows = ShardedRows(rows) if shared else rows
     else: (self.label_rows.own if shared else self.label_rows)[places] = rows
 
@@ -210,19 +211,21 @@ def remove_means(self:Trainer, batch=None):
 @patch
 def start_banks(self:Trainer,
                 with_target=True, # also fill the target rows, and the label bank
-                labels=None,      # (N_t,) int64 to begin with; None: DBSCAN finds them
+                labels=None,      # (N_t,) int64 to begin with; None: the method finds them
                 ):
-    "Initialise the feature bank with features extracted by the encoder, and the label bank by DBSCAN."
-    config = self.config
+    "Initialise the feature bank with features extracted by the encoder, and the label bank by the method."
     target = self.bank_features(self.target, self.target_domain) if with_target else torch.zeros(0, self.encoder.dim, device=self.device)
     source = (None, None) if self.source is None else (self.bank_features(self.source, 0), self.source_classes.to(self.device))
-    self.feature_bank = FeatureBank.from_features(target, *source, momentum=config.momentum)
+    self.feature_bank = FeatureBank.from_features(target, *source, momentum=self.config.momentum)
     if not with_target: return
-    rows = target if self.target_cameras is None or not config.normalise_cameras else normalise_cameras(target, self.target_cameras)
-    if labels is not None: self.label_bank = LabelBank.from_labels(labels.to(self.device), config.levels)
-    else: self.label_bank = self.method.first_labels(self, rows)
     if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
-    self.take_means()
+    self.take_views()
+    self.label_bank = self.labels_of_method() if labels is None else LabelBank.from_labels(labels.to(self.device), self.config.levels)
+
+@patch
+def labels_of_method(self:Trainer) -> LabelBank:
+    "The first labels, by the method's rule, of the rows as they are now."
+    return self.method.first_labels(self, self.label_rows if size() == 1 else self.label_rows.whole())
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-4
 @patch
@@ -244,8 +247,8 @@ def dbscan_labels(self:Trainer,
 def find_labels_anew(self:Trainer) -> float: # share of images that changed their cluster
     "Throw the labels away and find them in the rows of the feature bank as they are now."
     before = self.label_bank.labels[-1]
-    self.take_means()
-    self.label_bank = self.method.first_labels(self, self.label_rows if size() == 1 else self.label_rows.whole())
+    self.take_views()
+    self.label_bank = self.labels_of_method()
     return share_moved(before, self.label_bank.labels[-1])
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-5
@@ -289,7 +292,7 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
     if self.source is not None: bank.update_source(source_classes, source_features)
     if adapting:
         bank.update(batch, target_features)
-        self.remove_means(torch.unique(batch))
+        self.remove_views(torch.unique(batch))
         row.update(self.method.update(self, batch))
     self.iteration += 1
     return row
@@ -328,7 +331,7 @@ def unpack(tree, tensors):
 def state_dict(self:Trainer) -> dict:
     "All of it, as nested dicts of tensors."
     banks = {name: bank.state_dict() for name, bank in (("feature_bank", self.feature_bank), ("label_bank", self.label_bank)) if bank is not None}
-    if self.means is not None: banks["camera_means"] = {"means": self.means, "mean_of": self.mean_of}
+    if self.views is not None: banks["views"] = dict(vars(self.views))
     frame = pd.DataFrame(self.history)
     return dict(encoder=self.encoder.state_dict(), method=self.method.state_dict(), optimiser=self.optimiser.state_dict(), iteration=self.iteration, **banks,
                 samplers=[self.source_sampler.state_dict(), self.target_sampler.state_dict()], random=self.generator.get_state(),
@@ -347,9 +350,9 @@ def load_state_dict(self:Trainer, state):
         self.label_bank.load_state_dict(state["label_bank"])
         if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
         self.label_rows = self.feature_bank.target
-    if "camera_means" in state:
-        self.means, self.mean_of = (state["camera_means"][k].to(self.device) for k in ("means", "mean_of"))
-        self.remove_means()
+    if "views" in state:
+        self.views = Views(**{k: v.to(self.device) for k, v in state["views"].items()})
+        self.remove_views()
     for sampler, s in zip((self.source_sampler, self.target_sampler), state["samplers"]): sampler.load_state_dict(s)
     self.generator.set_state(state["random"])
     frame = pd.DataFrame(state["history"].numpy(), columns=state["columns"])
@@ -455,6 +458,7 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
         counts = counts[counts > 0]
         row[f"clusters_{h + 1}"] = len(counts)
         if self.domain.train.has_identities: row[f"ari_{h + 1}"] = adjusted_rand_index(level[known], identities[known])
+    if self.trainer.target_cameras is None and self.config.normalise_cameras: row["hidden_views"] = 0 if self.trainer.views is None else len(self.trainer.views.directions)
     if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
 

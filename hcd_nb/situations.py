@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['everything', 'SITUATIONS', 'RADII', 'FORMS', 'DRIFTS', 'World', 'identities', 'gaussians', 'world', 'best_dbscan',
-           'starts', 'batches', 'run', 'without_views', 'drift', 'add_rows', 'dbscan_row', 'measure', 'measure_drift',
-           'main']
+           'starts', 'batches', 'run', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows', 'dbscan_row',
+           'measure', 'measure_drift', 'main']
 
 # %% ../nbs/24_situations.ipynb #05c34f22
 import argparse, json, time
@@ -16,9 +16,12 @@ import pandas as pd
 import torch
 from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import normalize
+from torchvision.transforms.functional import to_pil_image
 
+from .data import read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .evaluation import normalise_cameras
+from .images import read_image
 from .label_bank import LabelBank, dbscan, singletons
 from .neighbors import encoding, pairs_within
 from .training import surroundings
@@ -158,6 +161,30 @@ def drift(
         if i % every == every - 1: seen.append(dict(iteration=i + 1, ari=float(adjusted_rand_score(person, bank.labels[-1]))))
     return seen
 
+# %% ../nbs/24_situations.ipynb #a43b8bd1
+def infrared(
+    pixels: torch.Tensor, # (3, h, w) uint8
+) -> torch.Tensor: # (3, h, w) uint8
+    "A picture as if taken in infrared"
+    return (pixels.float().mean(0, keepdim=True)/2 + 90).to(torch.uint8).expand(3, -1, -1)
+
+def write_infrared(
+    folder, # to be made; of a table set.csv and the pictures
+    where='pedestrians/target', # what is changed
+) -> None:
+    "A domain half of whose cameras see in infrared, and nobody says which"
+    domain, folder = read_domain(where, check=False), Path(folder)
+    cameras = sorted(domain.train.cameras.unique().tolist())
+    night, rows = cameras[:len(cameras)//2], []
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ('train', 'query', 'gallery'):
+        images = getattr(domain, split)
+        for i, (path, person, camera) in enumerate(zip(images.paths, images.identities.tolist(), images.cameras.tolist())):
+            pixels, name = read_image(path), f'{split}_{i:05}.jpg'
+            to_pil_image(infrared(pixels) if camera in night else pixels).save(folder/name, quality=95)
+            rows.append(dict(path=name, identity=person, split=split))
+    pd.DataFrame(rows).to_csv(folder/'set.csv', index=False)
+
 # %% ../nbs/24_situations.ipynb #f995248e
 def add_rows(file, rows):
     "Append rows to a table, which is made if need be"
@@ -201,8 +228,10 @@ def main(argv=None):
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--forms', nargs='+', default=list(FORMS), choices=list(FORMS))
     p.add_argument('--drift', action='store_true', help='also simulate training runs')
+    p.add_argument('--infrared', metavar='FOLDER', help='only write the pictures with cameras at night there, for hcd_train')
     p.add_argument('--out', default='data/runs/situations')
     args = p.parse_args(argv)
+    if args.infrared: return write_infrared(args.infrared)
     folder, began = Path(args.out), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     for n in args.images: measure(folder, n, args.seeds, args.forms)

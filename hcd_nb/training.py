@@ -523,6 +523,9 @@ def start_target(self:Run):
         picture = self.out/"k_distances.png"
         draw_k_distances(e.curve, e.eps, e.better).savefig(picture)
         raise NoClusters(f"{e} The distances are drawn in {picture}.", e.curve, e.eps, e.better) from None
+    if self.trainer.target_cameras is None and self.trainer.views is not None:
+        self.domain.notes.append(f"No cameras are given, and {len(self.trainer.views.directions)} of the directions of the features stand out as strong views do (day and night, say): "
+                                 "taken out before labels are looked for (--set normalise_cameras=False leaves them in).")
 
 @patch
 def save(self:Run):

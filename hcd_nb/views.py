@@ -31,7 +31,7 @@ class Views:
     ) -> torch.Tensor: # (n, d) unit rows
         "Rows without the views"
         rows = rows - self.means[mean_of]
-        if len(self.directions): rows = rows - (rows @ self.directions.T) @ self.directions
+        for v in self.directions: rows = rows - (rows*v).sum(1, keepdim=True)*v
         return normalize(rows, dim=1)
 
 def camera_views(

@@ -79,5 +79,5 @@ def hidden_views(
     k, fall = widest_gap(eigenvalues)
     if fall < gap: return None
     views = Views(mean[None], torch.zeros(len(rows), dtype=torch.long, device=rows.device), directions[:k])
-    before, after, sure = standing(rows)[0], *standing(views.remove(rows, views.mean_of))
-    return views if sure >= .1 and after <= min(.5, .75*before) else None
+    (before, _), (after, sure) = standing(rows), standing(views.remove(rows, views.mean_of))
+    return views if before >= .4 and after < .5 and sure >= .1 else None

@@ -48,9 +48,10 @@ def leading(
     most: int = 16, # directions that may be views
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean (d,); eigenvalues (most + 1,) falling, or as many as there are; directions (.., d) unit rows
     "The principal directions of rows"
-    mean = rows.float().mean(0)
-    _, s, v = randomized_svd((rows.float() - mean).cpu().numpy(), min(most + 1, *rows.shape), random_state=0)
-    return mean, torch.from_numpy(s.copy()).to(rows.device)**2/len(rows), torch.from_numpy(v.copy()).to(rows.device)
+    rows = rows.float()
+    mean = rows.mean(0)
+    _, s, v = randomized_svd((rows - mean).cpu().numpy(), min(most + 1, *rows.shape), random_state=0)
+    return mean, torch.tensor(s, device=rows.device)**2/len(rows), torch.tensor(v, device=rows.device)
 
 def widest_gap(
     eigenvalues: torch.Tensor, # (m,) falling
@@ -77,7 +78,7 @@ def hidden_views(
     if len(rows) < 128: return None
     mean, eigenvalues, directions = leading(rows[evenly(len(rows), 2048, rows.device)])
     k, fall = widest_gap(eigenvalues)
-    if fall < gap: return None
+    if fall < gap or standing(rows)[0] < .4: return None
     views = Views(mean[None], torch.zeros(len(rows), dtype=torch.long, device=rows.device), directions[:k])
-    (before, _), (after, sure) = standing(rows), standing(views.remove(rows, views.mean_of))
-    return views if before >= .4 and after < .5 and sure >= .1 else None
+    loud, sure = standing(views.remove(rows, views.mean_of))
+    return views if loud < .5 and sure >= .1 else None

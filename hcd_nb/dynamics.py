@@ -18,7 +18,7 @@ from .merge import forward, from_first, join, merge_candidates, merge_edges, mer
 from .neighbors import cosines_within, evenly
 from .padded import farthest_anchors, rejoin_stack, split_large, split_stack
 from .propagation import affinity, mutual_top_k
-from .scale import Plain, Scale, background, kin_level, kin_levels, outer, reach_of
+from .scale import Plain, Scale, calibrate, kin_levels, outer, reach_of
 from .split import cluster_centres, density_anchors, farthest_first, first_largest, level_units, random_anchors, rejoin, split_units
 
 # %% ../nbs/16_dynamics.ipynb #b310002c
@@ -119,18 +119,14 @@ def measure(self: ClusterDynamics,
     every, k = torch.arange(len(features), device=features.device), min(self.n_neighbours, len(features))
     if len(every) > self.measured: return torch.ones(len(every), device=every.device)
     some = evenly(len(features), 256, features.device)
-    near, cosines = neighbourhood(features, some, k)
-    b, loudest = background(features, near)
-    r = kin_level(kin_levels(cosines, b, loudest), b)
+    b, loudest, r, _ = calibrate(features, *neighbourhood(features, some, k))
     return torch.cat([reach_of(kin_levels(neighbourhood(features, part, k)[1], b, loudest), r) for part in every.split(256)])
 
 @patch
 def read_scale(self: ClusterDynamics, features, bank, near, cosines, batch):
     "From cosine to similarity, by the `scale` of the options; the reach of the batch is measured anew"
     if self.scale is None: return Plain(torch.ones(1, device=features.device).expand(len(features)))
-    b, loudest = background(features, near)
-    levels = kin_levels(cosines, b, loudest)
-    r = kin_level(levels, b)
+    b, loudest, r, levels = calibrate(features, near, cosines)
     if bank.reach is None: bank.reach = self.measure(features)
     bank.reach[batch] = reach_of(levels, r)[:len(batch)]
     return Scale(b, loudest, r, bank.reach)

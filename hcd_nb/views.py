@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from .evaluation import camera_means
 from .merge import neighbourhood
 from .neighbors import evenly
-from .scale import background, kin_level, kin_levels
+from .scale import calibrate
 
 # %% ../nbs/18_views.ipynb #610620fe
 @dataclass
@@ -66,9 +66,8 @@ def standing(
 ) -> tuple[float, float]: # level of loud strangers as a share of the kin's, 0..1 or above; share of images that are sure of their kin
     "How well people stand out among strangers"
     near, cosines = neighbourhood(rows, evenly(len(rows), 256, rows.device), min(64, len(rows)))
-    b, loudest = background(rows, near)
-    levels = kin_levels(cosines, b, loudest)
-    return (loudest - b)/max(kin_level(levels, b), 1e-3), float(levels[2].float().mean())
+    b, loudest, r, (_, _, sure) = calibrate(rows, near, cosines)
+    return (loudest - b)/max(r, 1e-3), float(sure.float().mean())
 
 def hidden_views(
     rows: torch.Tensor, # (N, d) unit rows

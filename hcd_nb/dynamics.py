@@ -69,7 +69,7 @@ class ClusterDynamics:
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
     scale: str | None = 'auto'  # 'auto': calibrated; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
-    join: float | None = .85    # average link that clusters need to merge; None: no check [A]
+    join: float | None = .7     # average link that clusters need to merge; None: no check [A]
     seed: int = 0               # of random anchors
     dense_units: int = 512      # clusters of more units are propagated as sparse graphs
     measured: int = 50_000      # the reach of all images is measured at the first update of banks up to this size
@@ -401,6 +401,7 @@ def split_level(self: ClusterDynamics,
     clusters, which = torch.unique(bank.labels[h, batch], return_inverse=True)
     j = torch.full_like(clusters, bank.n_images).scatter_reduce(0, which, batch, 'amin')
     enough = lists.count[clusters] >= self.min_split_samples
+    if h: enough &= lists.count[clusters] > bank.index(h - 1).count[bank.labels[h - 1, j]]
     if not enough.any(): return 0
     images, length = lists.of(clusters[enough])
     group = self.groups(features, images, length, j[enough], bank.labels[h - 1] if h else None, similar)
@@ -412,6 +413,28 @@ def split_level(self: ClusterDynamics,
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-13
 @patch
+def would_join(self: ClusterDynamics,
+    features: torch.Tensor, # (N, d) unit rows
+    lists, # `Members` of the level
+    own: torch.Tensor, # (R,) int64 images of the batch
+    labels: torch.Tensor, # (R, m) int64 labels of the clusters around each, its own first
+    edges: torch.Tensor, # (R, m, m) bool between them
+    similar, # from cosine to similarity
+) -> torch.Tensor: # (R, m) bool
+    "Clusters that the first one would merge with, whatever their parents"
+    names, node = torch.unique(labels, return_inverse=True)
+    images, length = lists.of(names)
+    owner = torch.arange(len(names), device=node.device).repeat_interleave(length)
+    centres, reach, size = cluster_centres(features, owner, len(names), self.centres, images), mean_of(similar.reach[images], owner, len(names))[node], length[node]
+    table = torch.cat([centres, features[own].to(centres.dtype)])
+    cosines = cosines_within(table, torch.cat([node, len(names) + torch.arange(len(own), device=node.device)[:, None]], 1))
+    links, nodes = similar(cosines[:, 0, :-1], reach[:, :1]*reach, size[:, :1]*size), cosines[:, :-1, :-1].clone()
+    if self.node0 == 'sample': nodes[:, 0], nodes[:, :, 0], reach[:, 0] = cosines[:, -1, :-1], cosines[:, -1, :-1], similar.reach[own]
+    wanted = from_first(affinity(similar(nodes, outer(reach)), edges), self.alpha_m) > self.sigma
+    return wanted if self.join is None else wanted & (links >= self.join)
+
+# %% ../nbs/16_dynamics.ipynb #fb6e1bdc-16
+@patch
 def merge_level(self: ClusterDynamics,
     features: torch.Tensor, # (N, d) unit rows
     bank: LabelBank, # changed in place
@@ -420,26 +443,20 @@ def merge_level(self: ClusterDynamics,
     linked: torch.Tensor, # (B, k) bool, neighbours to which a path above the cut leads
     h: int, # level as an index
     similar, # from cosine to similarity
-) -> int: # clusters that disappeared
+    below=None, # what was found one level below
+) -> tuple: # clusters that disappeared; what was found
     "Merge the clusters of the batch at one level with those around them, all at once"
     places, real = merge_candidates(bank.labels[h][near], linked)
     some = (real.sum(1) > 1).nonzero()[:, 0]
-    if not len(some): return 0
+    if not len(some): return 0, None
     near, places, real = near[some], places[some], real[some]
-    found, edges = near.gather(1, places), merge_edges(square_of(similarity, places, some), real, self.mutual_k, self.cut)
+    found = near.gather(1, places)
     labels = bank.labels[h][found]
-    names, node = torch.unique(labels, return_inverse=True)
-    images, length = bank.index(h).of(names)
-    owner = torch.arange(len(names), device=node.device).repeat_interleave(length)
-    centres, reach, size = cluster_centres(features, owner, len(names), self.centres, images), mean_of(similar.reach[images], owner, len(names))[node], length[node]
-    table = torch.cat([centres, features[near[:, 0]].to(centres.dtype)])
-    cosines = cosines_within(table, torch.cat([node, len(names) + torch.arange(len(near), device=node.device)[:, None]], 1))
-    links, nodes = similar(cosines[:, 0, :-1], reach[:, :1]*reach, size[:, :1]*size), cosines[:, :-1, :-1].clone()
-    if self.node0 == 'sample': nodes[:, 0], nodes[:, :, 0], reach[:, 0] = cosines[:, -1, :-1], cosines[:, -1, :-1], similar.reach[near[:, 0]]
-    wanted = real & (from_first(affinity(similar(nodes, outer(reach)), edges), self.alpha_m) > self.sigma)
-    if self.join is not None: wanted &= links >= self.join
-    if h + 1 < bank.n_levels: wanted &= bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]
-    return self.unite(bank, h, labels, wanted) if wanted.any() else 0
+    now = some, places, real, bank.index(h).count[labels]*real
+    if below and all(map(torch.equal, now, below)): wanted = below[-1]
+    else: wanted = real & self.would_join(features, bank.index(h), near[:, 0], labels, merge_edges(square_of(similarity, places, some), real, self.mutual_k, self.cut), similar)
+    allowed = wanted & (bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]) if h + 1 < bank.n_levels else wanted
+    return self.unite(bank, h, labels, allowed) if allowed.any() else 0, (*now, wanted)
 
 # %% ../nbs/16_dynamics.ipynb #80f88da9
 def moved_images(
@@ -494,12 +511,13 @@ def __call__(self: ClusterDynamics,
     "One iteration of Algorithm 1"
     batch, near, similarity, similar = self.around(features, label_bank, indices)
     linked = reached((similarity > self.cut) & (similarity.mT > self.cut))
-    p, splits, merges = self.follow_linked(near, similarity, linked), [], []
+    p, splits, merges, found = self.follow_linked(near, similarity, linked), [], [], None
     with label_bank.recording() as journal:
         take_labels(label_bank, batch, chain_ends(batch, p))
         for h in range(label_bank.n_levels):
             splits.append(self.split_level(features, label_bank, batch, h, similar) if self.splits else 0)
-            merges.append(self.merge_level(features, label_bank, near, similarity, linked, h, similar) if self.merges else 0)
+            gone, found = self.merge_level(features, label_bank, near, similarity, linked, h, similar, found) if self.merges else (0, None)
+            merges.append(gone)
     images, old = (torch.cat(x) for x in zip(*journal))
     rejections = int((p == batch).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, moved_images(label_bank, images, old)/label_bank.n_images)

@@ -144,7 +144,7 @@ def knn(
 ) -> tuple[torch.Tensor, torch.Tensor]: # cosines (Q, k) descending, indices (Q, k) int64
     "The `k` rows of the bank nearest to each query"
     check_search(queries, bank, k)
-    if hasattr(bank, 'search'): return bank.search(queries, min(k, len(bank)), own)
+    if hasattr(bank, 'search'): return bank.search(queries, min(k, len(bank)), own, tile)
     if index != 'exact': return approximate(check_features(queries, 'queries'), check_features(bank, 'bank'), min(k, len(bank)), own, index)
     k, parts, half = min(k, len(bank)), [], bank.dtype in (torch.bfloat16, torch.float16)
     rows = min(1024, tile, len(queries))

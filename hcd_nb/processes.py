@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from .batch_norm import GhostBatchNorm, activated, replace_modules
 from .feature_bank import FeatureBank, check_indices, momentum_step
-from .neighbors import check_features, largest, own_first
+from .neighbors import best_in_blocks, check_features, largest, own_first, refined
 
 # %% ../nbs/12_processes.ipynb #5b1bc8d9
 class ProcessLost(RuntimeError):
@@ -218,14 +218,20 @@ def search(self: ShardedRows,
     queries: torch.Tensor, # (Q, d) unit rows, the same in all processes
     k: int, # neighbours of each query, at most N
     own: torch.Tensor | None = None, # (Q,) int64, the query's own row: always ranked first
+    tile: int = 2**22, # numbers of the product held at a time
 ) -> tuple[torch.Tensor, torch.Tensor]: # cosines (Q, k) descending, indices (Q, k) int64
     "`neighbors.knn` over all shares"
-    similarity = (queries @ self.own.T).float()
-    top, column = largest(similarity, min(k, len(self.own))) if len(self.own) else (similarity, similarity.long())
+    half = self.dtype in (torch.bfloat16, torch.float16)
+    most, here = min(2*k, len(self)) if half else k, len(self.own)
+    top, column = best_in_blocks(queries, self.own, min(most, here), max(1, tile // len(queries))) if here else (queries[:, :0], queries[:, :0].long())
     top, column = gathered(top.T.contiguous()).T, gathered((column + self.start).T.contiguous()).T
-    top, place = largest(top.contiguous(), k)
+    top, place = largest(top.contiguous(), most, not half)
     column = column.gather(1, place)
-    if own is not None: top, column = own_first(top, column, own, (queries*self[own]).sum(1).float())
+    if half:
+        names, place = torch.unique(column if own is None else torch.cat([column, own[:, None]], 1), return_inverse=True)
+        top, place = refined(queries, self.fetch(names), place[:, :most], k, None if own is None else place[:, -1])
+        column = names[place]
+    elif own is not None: top, column = own_first(top, column, own, torch.linalg.vecdot(queries, self[own]))
     if not top.isfinite().all(): check_features(queries, 'queries'), check_features(self.whole(), 'bank')
     return top, column
 

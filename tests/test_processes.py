@@ -36,7 +36,7 @@ with started("cpu"):
         who = torch.arange(n)*12//n
         rows = torch.randn(12, 32, generator=g)[who] + torch.rand((), generator=g)*2*torch.randn(n, 32, generator=g)
         rows[torch.randperm(n, generator=g)[:copies]] = rows[torch.randperm(n, generator=g)[:copies]]
-        rows = normalize(rows, dim=1)
+        rows = normalize(rows, dim=1).to([torch.float32, torch.bfloat16][seed//3 % 2])
         labels = (who*3 + torch.randint(3, (n,), generator=g)).expand(3, -1)
         one, two = LabelBank(labels), LabelBank(labels)
         rule = [ClusterDynamics(), ClusterDynamics.paper(), ClusterDynamics(dense_units=10)][seed % 3]

@@ -124,7 +124,7 @@ def bench_update(
     out = []
     for drawn in ("clusters", "images"):
         update, reference, product = updates(rows, who, drawn)
-        out.append(ratio(f"label update, batch from {drawn}", update, "64 x N product", product, 2., 15, device))
+        out.append(ratio(f"label update, batch from {drawn}", update, "64 x N product", product, 2., 41, device))
     out.append(ratio("the same, readable reference", reference, "64 x N product", product, None, 3, device))
     return out
 

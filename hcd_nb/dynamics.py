@@ -18,7 +18,7 @@ from .merge import forward, from_first, join, merge_candidates, merge_edges, mer
 from .neighbors import cosines_within, evenly
 from .padded import farthest_anchors, rejoin_stack, split_large, split_stack
 from .propagation import affinity, mutual_top_k
-from .scale import Plain, Scale, calibrate, kin_levels, outer, reach_of
+from .scale import Plain, Scale, calibrate, kin_levels, outer, reach_of, spread_of
 from .split import cluster_centres, density_anchors, farthest_first, first_largest, level_units, random_anchors, rejoin, split_units
 
 # %% ../nbs/16_dynamics.ipynb #b310002c
@@ -67,7 +67,7 @@ class ClusterDynamics:
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
-    scale: str | None = 'auto'  # 'auto': calibrated; None: the cosine [A]
+    scale: str | None = 'auto'  # 'auto': calibrated; 'levels': without the spread; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
     join: float | None = .7     # average link that clusters need to merge; None: no check [A]
     seed: int = 0               # of random anchors
@@ -85,7 +85,7 @@ def paper(cls: ClusterDynamics,
 @patch
 def check(self: ClusterDynamics):
     "Raise `ValueError` for an option that does not exist"
-    choices = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'), scale=('auto', None))
+    choices = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'), scale=('auto', 'levels', None))
     for name, known in choices.items():
         if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}: it is one of {", ".join(map(str, known))}.')
 
@@ -112,23 +112,29 @@ def share_moved(
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc
 @patch
+def read_images(self: ClusterDynamics, levels, b, r):
+    "Reach and spread of images, by the `scale` of the options"
+    spread = spread_of(levels, b) if self.scale == 'auto' else torch.full_like(levels[0], 2**.5)
+    return torch.stack([reach_of(levels, r), spread])
+
+@patch
 def measure(self: ClusterDynamics,
     features: torch.Tensor, # (N, d) unit rows
-) -> torch.Tensor: # (N,) reach
-    "The reach of all images of a bank; 1 in a bank of more than `measured` images"
+) -> torch.Tensor: # (2, N) reach and spread
+    "Reach and spread of all images of a bank; 1 in a bank of more than `measured` images"
     every, k = torch.arange(len(features), device=features.device), min(self.n_neighbours, len(features))
-    if len(every) > self.measured: return torch.ones(len(every), device=every.device)
+    if len(every) > self.measured: return torch.ones(2, len(every), device=every.device)
     some = evenly(len(features), 256, features.device)
     b, loudest, r, _ = calibrate(features, *neighbourhood(features, some, k))
-    return torch.cat([reach_of(kin_levels(neighbourhood(features, part, k)[1], b, loudest), r) for part in every.split(256)])
+    return torch.cat([self.read_images(kin_levels(neighbourhood(features, part, k)[1], b, loudest), b, r) for part in every.split(256)], 1)
 
 @patch
 def read_scale(self: ClusterDynamics, features, bank, near, cosines, batch):
-    "From cosine to similarity, by the `scale` of the options; the reach of the batch is measured anew"
+    "From cosine to similarity, by the `scale` of the options; reach and spread of the batch are measured anew"
     if self.scale is None: return Plain(torch.ones(1, device=features.device).expand(len(features)))
     b, loudest, r, levels = calibrate(features, near, cosines)
     if bank.reach is None: bank.reach = self.measure(features)
-    bank.reach[batch] = reach_of(levels, r)[:len(batch)]
+    bank.reach[:, batch] = self.read_images(levels, b, r)[:, :len(batch)]
     return Scale(b, loudest, r, bank.reach)
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-1
@@ -141,11 +147,11 @@ def around(self: ClusterDynamics,
     "What an update sees of the bank"
     self.check()
     batch = torch.unique(indices)
-    rows = looked_at(batch, len(features)) if self.scale == 'auto' else batch
+    rows = looked_at(batch, len(features)) if self.scale else batch
     near, cosines = neighbourhood(features, rows, min(self.n_neighbours, len(features)))
     similar = self.read_scale(features, bank, near, cosines, batch)
     near, cosines = near[:len(batch)], cosines[:len(batch)]
-    return batch, near, similar(cosines, outer(similar.reach[near])), similar
+    return batch, near, similar(cosines, outer(similar.reach[..., near])), similar
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-2
 @patch
@@ -163,12 +169,12 @@ def follow(self: ClusterDynamics,
 
 # %% ../nbs/16_dynamics.ipynb #c5ab39ff
 def mean_of(
-    values: torch.Tensor, # (n,)
+    values: torch.Tensor, # (..., n)
     classes: torch.Tensor, # (n,) int64 in 0..n_classes-1
     n_classes: int, # every class must have a member
-) -> torch.Tensor: # (n_classes,)
+) -> torch.Tensor: # (..., n_classes)
     "The mean of each class"
-    return torch.zeros(n_classes, dtype=values.dtype, device=values.device).index_add_(0, classes, values)/classes.bincount(minlength=n_classes)
+    return values.new_zeros(*values.shape[:-1], n_classes).index_add_(-1, classes, values)/classes.bincount(minlength=n_classes)
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-3
 @patch
@@ -177,7 +183,7 @@ def groups_of_one(self: ClusterDynamics,
     lower: torch.Tensor | None, # (n,) int64 labels one level below; None at h=1
     start: int, # place of image j among them
     similar, # from cosine to similarity
-    reach: torch.Tensor, # (n,) of the images
+    reach: torch.Tensor, # (2, n) reach and spread of the images
 ) -> torch.Tensor: # (n,) int64 group of each image; all 0 where the cluster stays whole
     "Split the images of one cluster (Eq. 4)"
     centres, unit = level_units(rows, lower, self.centres)
@@ -214,7 +220,7 @@ def split_one_by_one(self: ClusterDynamics,
         if c in seen: continue
         seen.add(c)
         images = members[c]
-        group = self.groups_of_one(features[images], bank.labels[h - 1, images] if h else None, int((images == j).nonzero()), similar, similar.reach[images])
+        group = self.groups_of_one(features[images], bank.labels[h - 1, images] if h else None, int((images == j).nonzero()), similar, similar.reach[..., images])
         if n := int(group.max()):
             fresh, off = bank.fresh(h, n), group > 0
             bank.relabel(h, images[off], fresh[group[off] - 1])
@@ -236,9 +242,9 @@ def merge_whole(self: ClusterDynamics,
     centres = cluster_centres(features, classes, n, self.centres)
     places, real = merge_candidates(classes[near])
     found = near.gather(1, places)
-    nodes, size, reach = centres[classes[found]], classes.bincount()[classes[found]], mean_of(similar.reach, classes, n)[classes[found]]
-    links = similar(torch.einsum('bd,bmd->bm', nodes[:, 0], nodes), reach[:, :1]*reach, size[:, :1]*size)
-    if self.node0 == 'sample': nodes[:, 0], reach[:, 0] = features[near[:, 0]], similar.reach[near[:, 0]]
+    nodes, size, reach = centres[classes[found]], classes.bincount()[classes[found]], mean_of(similar.reach, classes, n)[..., classes[found]]
+    links = similar(torch.einsum('bd,bmd->bm', nodes[:, 0], nodes), reach[..., :1]*reach, size[:, :1]*size)
+    if self.node0 == 'sample': nodes[:, 0], reach[..., 0] = features[near[:, 0]], similar.reach[..., near[:, 0]]
     members = square_of(similarity, places)
     scores = merge_scores(similar(nodes @ nodes.mT, outer(reach)), members, real, self.alpha_m, self.mutual_k, self.cut)
     wanted = real & (scores > self.sigma)
@@ -293,7 +299,7 @@ def stack_groups(self: ClusterDynamics,
     real: torch.Tensor, # (C, M) bool, which units there are
     start: torch.Tensor, # (C,) int64 unit of image j
     similar, # from cosine to similarity
-    reach: torch.Tensor, # (C, M) of the units
+    reach: torch.Tensor, # (2, C, M) reach and spread of the units
 ) -> torch.Tensor: # (C, M) int64 groups
     "Split a stack of clusters (Eq. 4)"
     similarity, size = similar(cosines_within(rows, units), outer(reach)), real.sum(1)
@@ -321,7 +327,7 @@ def unit_groups(self: ClusterDynamics,
     count: torch.Tensor, # (C,) int64 units of each cluster
     start: torch.Tensor, # (C,) int64 unit of image j within its cluster
     similar, # from cosine to similarity
-    reach: torch.Tensor, # (U,) of the units
+    reach: torch.Tensor, # (2, U) reach and spread of the units
 ) -> torch.Tensor: # (U,) int64 group of each unit; all 0 in a cluster that stays whole
     "Split the units of many clusters"
     group, begin, low = torch.zeros_like(units), count.cumsum(0) - count, self.min_split_units
@@ -331,11 +337,11 @@ def unit_groups(self: ClusterDynamics,
         low = max(low, high + 1)
         if not len(stack): continue
         place, real = padded(begin[stack], count[stack])
-        group[place[real]] = self.stack_groups(rows, units[place], real, start[stack], similar, reach[place])[real]
+        group[place[real]] = self.stack_groups(rows, units[place], real, start[stack], similar, reach[..., place])[real]
     for c in (count >= low).nonzero()[:, 0].tolist():
         own = slice(int(begin[c]), int(begin[c] + count[c]))
         one = rows[units[own]].to(torch.promote_types(rows.dtype, torch.float32))
-        group[own] = split_large(one, reach[own], int(start[c]), self.n_anchors, self.alpha_s, self.mutual_k, self.split_cut, similar)
+        group[own] = split_large(one, reach[..., own], int(start[c]), self.n_anchors, self.alpha_s, self.mutual_k, self.split_cut, similar)
     return group
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-10
@@ -357,8 +363,8 @@ def confirmed(self: ClusterDynamics,
     torn = (count > 1)[cluster]
     first = torch.zeros_like(number).masked_scatter((count > 1)[owner], torch.arange(int(real.sum()), device=number.device))
     means = cluster_centres(features, first[which[torn]], int(real.sum()), images=images[torn])
-    reach = mean_of(similar.reach[images], which, len(number))
-    joined = rejoin_stack(cosines_within(means, first[place]), size[place], real, reach[place], self.confirm, similar)
+    reach = mean_of(similar.reach[..., images], which, len(number))
+    joined = rejoin_stack(cosines_within(means, first[place]), size[place], real, reach[..., place], self.confirm, similar)
     new = torch.zeros_like(number)
     new[place[real]] = joined[real]
     return new[which]
@@ -375,7 +381,7 @@ def groups(self: ClusterDynamics,
 ) -> torch.Tensor: # (T,) int64 group of each image; all 0 in a cluster that stays whole
     "Split the images of many clusters (Eq. 4)"
     cluster = torch.arange(len(length), device=length.device).repeat_interleave(length)
-    reach = similar.reach[images]
+    reach = similar.reach[..., images]
     if lower is None: unit, rows, units, count = torch.arange(len(images), device=images.device), features, images, length
     else:
         unit, n = contiguous(lower[images])
@@ -425,11 +431,11 @@ def would_join(self: ClusterDynamics,
     names, node = torch.unique(labels, return_inverse=True)
     images, length = lists.of(names)
     owner = torch.arange(len(names), device=node.device).repeat_interleave(length)
-    centres, reach, size = cluster_centres(features, owner, len(names), self.centres, images), mean_of(similar.reach[images], owner, len(names))[node], length[node]
+    centres, reach, size = cluster_centres(features, owner, len(names), self.centres, images), mean_of(similar.reach[..., images], owner, len(names))[..., node], length[node]
     table = torch.cat([centres, features[own].to(centres.dtype)])
     cosines = cosines_within(table, torch.cat([node, len(names) + torch.arange(len(own), device=node.device)[:, None]], 1))
-    links, nodes = similar(cosines[:, 0, :-1], reach[:, :1]*reach, size[:, :1]*size), cosines[:, :-1, :-1].clone()
-    if self.node0 == 'sample': nodes[:, 0], nodes[:, :, 0], reach[:, 0] = cosines[:, -1, :-1], cosines[:, -1, :-1], similar.reach[own]
+    links, nodes = similar(cosines[:, 0, :-1], reach[..., :1]*reach, size[:, :1]*size), cosines[:, :-1, :-1].clone()
+    if self.node0 == 'sample': nodes[:, 0], nodes[:, :, 0], reach[..., 0] = cosines[:, -1, :-1], cosines[:, -1, :-1], similar.reach[..., own]
     wanted = from_first(affinity(similar(nodes, outer(reach)), edges), self.alpha_m) > self.sigma
     return wanted if self.join is None else wanted & (links >= self.join)
 

@@ -67,7 +67,7 @@ def joined_rows(link, reach, size, alone, a, b, going):
     "Links, reach and sizes after joining group b to a in the clusters that are going"
     G = link.shape[1]
     is_a, is_b = one_hot(a, G).bool() & going[:, None], one_hot(b, G).bool() & going[:, None]
-    pick = lambda x, i: x.gather(1, i[:, None])
+    pick = lambda x, i: x[..., torch.arange(len(i), device=i.device), i][..., None]
     whole = pick(size, a) + pick(size, b)
     mean = lambda x, y: (pick(size, a)*x + pick(size, b)*y)/whole
     new = mean(*(link.gather(1, i[:, None, None].expand(-1, 1, G))[:, 0] for i in (a, b)))
@@ -81,7 +81,7 @@ def rejoin_stack(
     link: torch.Tensor, # (C, G, G) average cosines between groups
     size: torch.Tensor, # (C, G) images in each group
     real: torch.Tensor, # (C, G) bool, which groups there are
-    reach: torch.Tensor, # (C, G) mean reach of each group
+    reach: torch.Tensor, # (..., C, G) mean reach of each group
     confirm: float, # groups join while their average link is at least this
     similar, # from cosine, reach and pairs to similarity
 ) -> torch.Tensor: # (C, G) int64, the joined group of each, numbered by first appearance
@@ -104,7 +104,7 @@ def rejoin_stack(
 # %% ../nbs/15_padded.ipynb #7bac568a
 def mutual_edges(
     rows: torch.Tensor, # (n, d) units of one cluster
-    reach: torch.Tensor, # (n,) mean reach of each
+    reach: torch.Tensor, # (..., n) mean reach of each
     k: int, # neighbours on each side, the unit itself included
     cut: float | None, # keep only edges with a similarity above this
     similar, # from cosine to similarity
@@ -114,7 +114,7 @@ def mutual_edges(
     n, parts = len(rows), []
     for start in range(0, n, step := max(1, tile // n)):
         part = slice(start, start + step)
-        s = similar((rows[part] @ rows.T).float(), reach[part, None]*reach).clone()
+        s = similar((rows[part] @ rows.T).float(), reach[..., part, None]*reach[..., None, :]).clone()
         own = torch.arange(len(s), device=s.device)
         s[own, own + start] = torch.inf
         near = s >= s.topk(min(k, n), dim=1).values[:, -1:]
@@ -141,7 +141,7 @@ def sparse_affinity(
 # %% ../nbs/15_padded.ipynb #6eb77f2a
 def split_large(
     rows: torch.Tensor, # (n, d) units of one cluster
-    reach: torch.Tensor, # (n,) mean reach of each
+    reach: torch.Tensor, # (..., n) mean reach of each
     start: int, # unit of the image that asks, the first anchor
     n_anchors: int, # K, at most this many
     alpha: float, # alpha_s, in [0, 1)
@@ -150,7 +150,7 @@ def split_large(
     similar, # from cosine to similarity
 ) -> torch.Tensor: # (n,) int64 group of each unit, numbered by first appearance
     "`split.split_units` with farthest-first anchors, for a cluster of thousands of units"
-    anchors = farthest_of(lambda unit: similar((rows @ rows[unit]).float(), reach*reach[unit]), start, n_anchors)
+    anchors = farthest_of(lambda unit: similar((rows @ rows[unit]).float(), reach*reach[..., unit, None]), start, n_anchors)
     if len(anchors) == 1: return torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     S = sparse_affinity(*mutual_edges(rows, reach, mutual_k, cut, similar), len(rows))
     Y = one_hot(anchors, len(rows)).T.to(S.dtype)

@@ -105,7 +105,7 @@ def batches(n, count, size=64, seed=0):
         order = order[size:]
 
 # %% ../nbs/24_situations.ipynb #4e277322
-FORMS = {'default': ClusterDynamics(), 'paper': ClusterDynamics.paper()}
+FORMS = {'default': ClusterDynamics(), 'levels': ClusterDynamics(scale='levels'), 'paper': ClusterDynamics.paper()}
 
 def run(
     dynamics: ClusterDynamics,
@@ -113,7 +113,7 @@ def run(
     labels: torch.Tensor, # (N,) int64 to begin with
     iterations: int = 60, # of 64 images
     seed: int = 0,
-    reach: torch.Tensor | None = None, # (N,) if it was measured before
+    reach: torch.Tensor | None = None, # (2, N) if it was measured before
 ) -> dict: # ari; splits and merges of all levels; moved, needed: images that changed cluster, as a share of all
     "Let Algorithm 1 work on labels of fixed features"
     bank, done = LabelBank.from_labels(labels), dict(splits=0, merges=0, moved=0.)
@@ -153,7 +153,7 @@ def drift(
     for i, batch in enumerate(batches(n, iterations, seed=seed)):
         rows = normalize(still + (3 - 2.4*i/iterations)*blur, dim=1)
         if dials['known']: rows = normalise_cameras(rows, camera)
-        elif form == 'default':
+        elif form != 'DBSCAN' and FORMS[form].scale:
             if i % 100 == 0: views = hidden_views(rows)
             if views is not None: rows = views.remove(rows, views.mean_of)
         if form != 'DBSCAN': FORMS[form](rows, bank, batch)
@@ -205,9 +205,9 @@ def measure(folder, n, seeds, forms):
             w = world(n, seed=seed, **dials)
             clean, (found, *best) = without_views(w), best_dbscan(w)
             if 'DBSCAN' in missing: add_rows(file, [dbscan_row(common, 'DBSCAN', *best)])
-            if 'default' in missing and clean is not w: add_rows(file, [dbscan_row(common, 'DBSCAN, views out', *best_dbscan(clean)[1:])])
+            if 'DBSCAN' in missing and clean is not w: add_rows(file, [dbscan_row(common, 'DBSCAN, views out', *best_dbscan(clean)[1:])])
             for form in missing[missing[0] == 'DBSCAN':]:
-                shown = clean if form == 'default' else w
+                shown = clean if FORMS[form].scale else w
                 reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
                 add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
 

@@ -130,7 +130,7 @@ def rejoin(
     sizes: torch.Tensor, # (g,) images in each
     confirm: float, # groups join while their average link is at least this
     similar=plain, # from cosine, reach and pairs to similarity; see `scale`
-    reach: torch.Tensor | None = None, # (g,) mean reach of the groups; 1 when None
+    reach: torch.Tensor | None = None, # (..., g) mean reach of the groups; 1 when None
 ) -> torch.Tensor: # (g,) int64, the joined group of each, 0.. by first appearance
     "Join proposed groups by average link, closest first"
     n, size, group = len(means), sizes.to(means.dtype).clone(), torch.arange(len(means), device=means.device)
@@ -141,7 +141,7 @@ def rejoin(
         a, b = sorted(divmod(int(first_largest(close.flatten())), n))
         if close[a, b] < confirm: break
         link[a] = link[:, a] = (size[a] * link[a] + size[b] * link[b]) / (size[a] + size[b])
-        reach[a] = (size[a] * reach[a] + size[b] * reach[b]) / (size[a] + size[b])
+        reach[..., a] = (size[a] * reach[..., a] + size[b] * reach[..., b]) / (size[a] + size[b])
         there[b] = there[:, b] = False
         size[a] += size[b]
         group[group == b] = a

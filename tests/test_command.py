@@ -1,5 +1,6 @@
 """hcd_train as a user meets it: a whole run, Ctrl-C and --resume, own folders, and every refusal in one sentence."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def same_results(a, b):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("source", [True, False], ids=["algorithm2", "algorithm3"])
 def test_stopped_and_resumed_run_equals_an_unbroken_one(world, tmp_path, source):
-    words = [*TINY, "--target", world/"target", "--iterations", 60, "--pretrain", 10, *(["--source", world/"source"] if source else [])]
+    words = [*TINY, "--target", world/"target", "--iterations", 40, "--pretrain", 10, *(["--source", world/"source"] if source else [])]
     code, out, err = hcd_train(*words, "--out", tmp_path/"whole")
     assert code == 0, err
     assert "after" in out and (tmp_path/"whole"/"curves.png").exists() and (tmp_path/"whole"/"tree.png").exists()
@@ -85,7 +86,7 @@ def test_stopped_and_resumed_run_equals_an_unbroken_one(world, tmp_path, source)
 
 @pytest.mark.timeout(900)
 def test_killed_run_loses_at_most_the_last_checkpoint_interval(world, tmp_path):
-    words = [*TINY, "--target", world/"target", "--iterations", 60]
+    words = [*TINY, "--target", world/"target", "--iterations", 40]
     process = hcd_train(*words, "--out", tmp_path/"killed", wait=False)
     while not (tmp_path/"killed"/"checkpoint.safetensors").exists() and process.poll() is None: time.sleep(.05)
     process.kill()
@@ -134,15 +135,21 @@ def test_what_is_typed_wrong_is_one_sentence(words, says, tmp_path):
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1, err
 
 
-def test_a_run_is_never_overwritten(world, tmp_path):
-    words = [*TINY, "--target", world/"target", "--iterations", 1, "--out", tmp_path/"run"]
+@pytest.fixture(scope="module")
+def short_run(world, tmp_path_factory):
+    run = tmp_path_factory.mktemp("short")/"run"
+    words = [*TINY, "--target", world/"target", "--iterations", 1, "--out", run]
     assert hcd_train(*words)[0] == 0
-    code, out, err = hcd_train(*words)
+    return run, words
+
+
+def test_a_run_is_never_overwritten(short_run):
+    code, out, err = hcd_train(*short_run[1])
     assert code == 2 and "--resume" in err
 
 
-def test_a_broken_checkpoint_is_one_sentence(world, tmp_path):
-    assert hcd_train(*TINY, "--target", world/"target", "--iterations", 1, "--out", tmp_path/"run")[0] == 0
+def test_a_broken_checkpoint_is_one_sentence(short_run, tmp_path):
+    shutil.copytree(short_run[0], tmp_path/"run")
     (tmp_path/"run"/"checkpoint.safetensors").write_bytes(b"not a checkpoint")
     code, out, err = hcd_train("--resume", tmp_path/"run")
     assert code == 2 and "checkpoint" in err and "Traceback" not in err

@@ -1,4 +1,5 @@
 """What a user installs: a wheel with every module, quick and silent to import, that needs no notebook tools."""
+import json
 import subprocess
 import sys
 import zipfile
@@ -26,11 +27,28 @@ def test_help_needs_no_torch():
     assert done.stdout.strip() == "False", done.stderr
 
 
-@pytest.mark.parametrize("module", modules)
-def test_modules_need_neither_notebooks_nor_extras(module):
+@pytest.fixture(scope="session")
+def imported():
+    """What each module says when it is imported anew, alone, where nothing that it may not need is there."""
     blocked = ("nbdev", "execnb", "IPython", "jupyterlab", "anny", "warp", "faiss", "pytest", "hypothesis", "timm", "onnx", "onnxruntime", "onnxscript")
-    done = python(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import hcd_nb.{module}")
+    done = python(f"""
+import importlib, json, sys, warnings
+sys.modules.update(dict.fromkeys({blocked!r}))
+said = {{}}
+for module in {modules!r}:
+    for name in [n for n in sys.modules if n.split(".")[0] == "hcd_nb"]: del sys.modules[name]
+    with warnings.catch_warnings(record=True) as warned:
+        try: importlib.import_module("hcd_nb." + module)
+        except Exception as e: warned.append(repr(e))
+    said[module] = [str(w) for w in warned]
+print(json.dumps(said))""")
     assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("module", modules)
+def test_modules_need_neither_notebooks_nor_extras(module, imported):
+    assert imported[module] == []
 
 
 @pytest.mark.timeout(600)

@@ -67,7 +67,7 @@ class ClusterDynamics:
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
-    scale: str | None = 'auto'  # 'auto': calibrated; 'spread': to distances too, for pictures; None: the cosine [A]
+    scale: str | None = 'auto'  # 'auto': calibrated; 'spread': to distances too; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
     join: float | None = .7     # average link that clusters need to merge; None: no check [A]
     seed: int = 0               # of random anchors
@@ -111,19 +111,24 @@ def share_moved(
     return 1 - int(largest.sum())/len(new)
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc
+@patch(as_prop=True)
+def readings(self: ClusterDynamics):
+    "Numbers that are read off each image: reach, or reach and spread"
+    return 2 if self.scale == 'spread' else 1
+
 @patch
 def read_images(self: ClusterDynamics, levels, b, r):
-    "Reach and spread of images, by the `scale` of the options"
-    spread = spread_of(levels, b) if self.scale == 'spread' else torch.full_like(levels[0], 2**.5)
-    return torch.stack([reach_of(levels, r), spread])
+    "Reach of images, and their spread where the `scale` of the options asks for it"
+    reach = reach_of(levels, r)
+    return torch.stack([reach, spread_of(levels, b)] if self.scale == 'spread' else [reach])
 
 @patch
 def measure(self: ClusterDynamics,
     features: torch.Tensor, # (N, d) unit rows
-) -> torch.Tensor: # (2, N) reach and spread
+) -> torch.Tensor: # (1, N) reach, or (2, N) reach and spread
     "Reach and spread of all images of a bank; 1 in a bank of more than `measured` images"
     every, k = torch.arange(len(features), device=features.device), min(self.n_neighbours, len(features))
-    if len(every) > self.measured: return torch.ones(2, len(every), device=every.device)
+    if len(every) > self.measured: return torch.ones(self.readings, len(every), device=every.device)
     some = evenly(len(features), 256, features.device)
     b, loudest, r, _ = calibrate(features, *neighbourhood(features, some, k))
     return torch.cat([self.read_images(kin_levels(neighbourhood(features, part, k)[1], b, loudest), b, r) for part in every.split(256)], 1)
@@ -133,7 +138,7 @@ def read_scale(self: ClusterDynamics, features, bank, near, cosines, batch):
     "From cosine to similarity, by the `scale` of the options; reach and spread of the batch are measured anew"
     if self.scale is None: return Plain(torch.ones(1, device=features.device).expand(len(features)))
     b, loudest, r, levels = calibrate(features, near, cosines)
-    if bank.reach is None: bank.reach = self.measure(features)
+    if bank.reach is None or len(bank.reach) != self.readings: bank.reach = self.measure(features)
     bank.reach[:, batch] = self.read_images(levels, b, r)[:, :len(batch)]
     return Scale(b, loudest, r, bank.reach)
 
@@ -183,7 +188,7 @@ def groups_of_one(self: ClusterDynamics,
     lower: torch.Tensor | None, # (n,) int64 labels one level below; None at h=1
     start: int, # place of image j among them
     similar, # from cosine to similarity
-    reach: torch.Tensor, # (2, n) reach and spread of the images
+    reach: torch.Tensor, # (1 or 2, n) reach and spread of the images
 ) -> torch.Tensor: # (n,) int64 group of each image; all 0 where the cluster stays whole
     "Split the images of one cluster (Eq. 4)"
     centres, unit = level_units(rows, lower, self.centres)
@@ -299,7 +304,7 @@ def stack_groups(self: ClusterDynamics,
     real: torch.Tensor, # (C, M) bool, which units there are
     start: torch.Tensor, # (C,) int64 unit of image j
     similar, # from cosine to similarity
-    reach: torch.Tensor, # (2, C, M) reach and spread of the units
+    reach: torch.Tensor, # (1 or 2, C, M) reach and spread of the units
 ) -> torch.Tensor: # (C, M) int64 groups
     "Split a stack of clusters (Eq. 4)"
     similarity, size = similar(cosines_within(rows, units), outer(reach)), real.sum(1)
@@ -327,7 +332,7 @@ def unit_groups(self: ClusterDynamics,
     count: torch.Tensor, # (C,) int64 units of each cluster
     start: torch.Tensor, # (C,) int64 unit of image j within its cluster
     similar, # from cosine to similarity
-    reach: torch.Tensor, # (2, U) reach and spread of the units
+    reach: torch.Tensor, # (1 or 2, U) reach and spread of the units
 ) -> torch.Tensor: # (U,) int64 group of each unit; all 0 in a cluster that stays whole
     "Split the units of many clusters"
     group, begin, low = torch.zeros_like(units), count.cumsum(0) - count, self.min_split_units

@@ -289,15 +289,15 @@ def clone(self: LabelBank) -> LabelBank:
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-10
 @patch
-def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64, reach (2, N) if it was measured
+def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64, reach (1 or 2, N) if it was measured
     "The bank as tensors"
     return {'labels': self.labels.clone(), 'cursor': torch.tensor(self.cursor), **({} if self.reach is None else {'reach': self.reach.clone()})}
 
 @patch
 def load_state_dict(self: LabelBank,
-    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, cursor and reach may be missing; a reach without spread is measured again
+    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, cursor and reach may be missing
 ) -> None:
     "Take over a saved bank, on this bank's device"
     self.labels = LabelBank(state['labels'].to(self.labels.device)).labels
     self.cursor = state['cursor'].tolist() if 'cursor' in state else [0]*self.n_levels
-    self.reach = state['reach'].to(self.labels.device) if 'reach' in state and state['reach'].dim() == 2 else None
+    self.reach = torch.atleast_2d(state['reach'].to(self.labels.device)) if 'reach' in state else None

@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from .batch_norm import GhostBatchNorm, activated, replace_modules
 from .feature_bank import FeatureBank, check_indices, momentum_step
-from .neighbors import best_in_blocks, check_features, largest, own_first, refined
+from .neighbors import best_in_blocks, check_features, is_half, largest, own_first, refined
 
 # %% ../nbs/12_processes.ipynb #5b1bc8d9
 class ProcessLost(RuntimeError):
@@ -221,7 +221,7 @@ def search(self: ShardedRows,
     tile: int = 2**22, # numbers of the product held at a time
 ) -> tuple[torch.Tensor, torch.Tensor]: # cosines (Q, k) descending, indices (Q, k) int64
     "`neighbors.knn` over all shares"
-    half = self.dtype in (torch.bfloat16, torch.float16)
+    half = is_half(self)
     most, here = min(2*k, len(self)) if half else k, len(self.own)
     top, column = best_in_blocks(queries, self.own, min(most, here), max(1, tile // len(queries))) if here else (queries[:, :0], queries[:, :0].long())
     top, column = gathered(top.T.contiguous()).T, gathered((column + self.start).T.contiguous()).T

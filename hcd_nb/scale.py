@@ -69,7 +69,7 @@ class Scale:
         b: float, # background
         loudest: float, # cosine of loud strangers
         r: float, # kin level
-        reach: torch.Tensor, # (2, N) reach and spread of the images
+        reach: torch.Tensor, # (1, N) reach of the images, or (2, N) reach and spread
     ):
         self.b, self.reach = b, reach
         self.r = max(r, 1e-3, (loudest - b)/.9)
@@ -78,13 +78,13 @@ class Scale:
 
     def __call__(self,
         cosine: torch.Tensor, # any shape; cosines, or averages of them
-        reach: torch.Tensor, # (2, ...) products of the reaches, and of the spreads, of both sides
+        reach: torch.Tensor, # (1 or 2, ...) products of the reaches, and of the spreads, of both sides
         pairs: torch.Tensor | None = None, # pairs that each average is over, where it decides on joining
     ) -> torch.Tensor: # 0..1
         share = reach[0].clamp(min=self.floor)
         if pairs is not None: share = torch.maximum(share, pairs.to(share.dtype).clamp(min=1).rsqrt())
         level = (((cosine - self.b)/(self.r*share) - self.loud)/(1 - self.loud)).clamp(0, 1)
-        return level*(reach[1]/(1 - cosine).clamp(min=1e-4)).sqrt().clamp(max=1)
+        return level if len(reach) == 1 else level*(reach[1]/(1 - cosine).clamp(min=1e-4)).sqrt().clamp(max=1)
 
 # %% ../nbs/13_scale.ipynb #247f035e
 def outer(

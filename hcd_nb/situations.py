@@ -113,7 +113,7 @@ def run(
     labels: torch.Tensor, # (N,) int64 to begin with
     iterations: int = 60, # of 64 images
     seed: int = 0,
-    reach: torch.Tensor | None = None, # (2, N) if it was measured before
+    reach: torch.Tensor | None = None, # as `ClusterDynamics.measure` gives it, if it was measured before
 ) -> dict: # ari; splits and merges of all levels; moved, needed: images that changed cluster, as a share of all
     "Let Algorithm 1 work on labels of fixed features"
     bank, done = LabelBank.from_labels(labels), dict(splits=0, merges=0, moved=0.)

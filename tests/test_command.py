@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from hcd_nb.command import main
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -129,8 +130,9 @@ def test_one_unreadable_image_is_refused_by_name_and_can_be_skipped(world, tmp_p
     (["--target", "pedestrians/target", "--preset", "demo", "--weights", "no/such/file.pth"], "no/such/file.pth"),
     (["--resume", "no/such/run"], "no/such/run"),
 ], ids=lambda v: v if isinstance(v, str) else None)
-def test_what_is_typed_wrong_is_one_sentence(words, says, tmp_path):
-    code, out, err = hcd_train(*words, *([] if "--resume" in words else ["--out", tmp_path/"run"]))
+def test_what_is_typed_wrong_is_one_sentence(words, says, tmp_path, capsys):
+    code = main([*words, *([] if "--resume" in words else ["--out", str(tmp_path/"run")])])
+    err = capsys.readouterr().err
     assert code == 2 and says in err, err
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1, err
 

@@ -119,8 +119,7 @@ def readings(self: ClusterDynamics):
 @patch
 def read_images(self: ClusterDynamics, levels, b, r):
     "Reach of images, and their spread where the `scale` of the options asks for it"
-    reach = reach_of(levels, r)
-    return torch.stack([reach, spread_of(levels, b)] if self.scale == 'spread' else [reach])
+    return torch.stack([reach_of(levels, r), spread_of(levels, b)][:self.readings])
 
 @patch
 def measure(self: ClusterDynamics,

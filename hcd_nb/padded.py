@@ -67,7 +67,7 @@ def joined_rows(link, reach, size, alone, a, b, going):
     "Links, reach and sizes after joining group b to a in the clusters that are going"
     G = link.shape[1]
     is_a, is_b = one_hot(a, G).bool() & going[:, None], one_hot(b, G).bool() & going[:, None]
-    pick = lambda x, i: x[..., torch.arange(len(i), device=i.device), i][..., None]
+    pick = lambda x, i: x.gather(-1, i[:, None].expand(*x.shape[:-1], 1))
     whole = pick(size, a) + pick(size, b)
     mean = lambda x, y: (pick(size, a)*x + pick(size, b)*y)/whole
     new = mean(*(link.gather(1, i[:, None, None].expand(-1, 1, G))[:, 0] for i in (a, b)))

@@ -204,8 +204,7 @@ def measure(folder, n, seeds, forms):
             if not missing: continue
             w = world(n, seed=seed, **dials)
             clean, (found, *best) = without_views(w), best_dbscan(w)
-            if 'DBSCAN' in missing: add_rows(file, [dbscan_row(common, 'DBSCAN', *best)])
-            if 'DBSCAN' in missing and clean is not w: add_rows(file, [dbscan_row(common, 'DBSCAN, views out', *best_dbscan(clean)[1:])])
+            if 'DBSCAN' in missing: add_rows(file, [dbscan_row(common, 'DBSCAN', *best)] + ([] if clean is w else [dbscan_row(common, 'DBSCAN, views out', *best_dbscan(clean)[1:])]))
             for form in missing[missing[0] == 'DBSCAN':]:
                 shown = clean if FORMS[form].scale else w
                 reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None

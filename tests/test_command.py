@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hcd_nb.command import main
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from test_package import python_each
 
 TINY = "--preset demo --set height=32 --set width=16 --set batch_size=32 --set k1=6 --set k2=2 --set label_start=4 --set evaluate_every=8 --set save_every=5".split()
 PIECES = ("encoder.safetensors", "label_bank.safetensors")
@@ -121,7 +121,7 @@ def test_one_unreadable_image_is_refused_by_name_and_can_be_skipped(world, tmp_p
     assert code == 0 and "1" in out, out + err
 
 
-@pytest.mark.parametrize("words,says", [
+WRONG = [
     (["--target", "no/such/folder"], "no/such/folder"),
     ([], "--target"),
     (["--target", "pedestrians/target", "--preset", "papper"], "the presets are"),
@@ -129,10 +129,19 @@ def test_one_unreadable_image_is_refused_by_name_and_can_be_skipped(world, tmp_p
     (["--target", "pedestrians/target", "--preset", "demo", "--encoder", "resnet51"], "resnet50"),
     (["--target", "pedestrians/target", "--preset", "demo", "--weights", "no/such/file.pth"], "no/such/file.pth"),
     (["--resume", "no/such/run"], "no/such/run"),
-], ids=lambda v: v if isinstance(v, str) else None)
-def test_what_is_typed_wrong_is_one_sentence(words, says, tmp_path, capsys):
-    code = main([*words, *([] if "--resume" in words else ["--out", str(tmp_path/"run")])])
-    err = capsys.readouterr().err
+]
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    words_of = lambda k, words: ["hcd_train", *words, *([] if "--resume" in words else ["--out", str(folder/f"run-{k}")])]
+    return python_each({k: f"import sys; sys.argv = {words_of(k, words)!r}; from hcd_nb.command import main; sys.exit(main())" for k, (words, _) in enumerate(WRONG)}, folder)
+
+
+@pytest.mark.parametrize("k,says", [(k, says) for k, (_, says) in enumerate(WRONG)])
+def test_what_is_typed_wrong_is_one_sentence(k, says, refused):
+    code, out, err = refused[k]
     assert code == 2 and says in err, err
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1, err
 

@@ -1,5 +1,4 @@
 """What a user installs: a wheel with every module, quick and silent to import, that needs no notebook tools."""
-import json
 import subprocess
 import sys
 import zipfile
@@ -15,6 +14,20 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
+def python_each(codes, folder):
+    """Each of many codes by itself, in a fork of one process in which torch and torchvision are there already: name -> exit status, what it printed, what it complained of."""
+    done = python(f"""
+import os, sys, torch, torchvision
+for k, code in enumerate({list(codes.values())!r}):
+    if not os.fork():
+        for number, end in ((1, "out"), (2, "err")): os.dup2(os.open(f"{folder}/{{k}}.{{end}}", os.O_CREAT | os.O_WRONLY), number)
+        exec(code, {{"__name__": "__main__"}})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)""")
+    assert done.returncode == 0, done.stderr
+    return {name: (int(status), *((folder/f"{k}.{end}").read_text() for end in ("out", "err"))) for k, (name, status) in enumerate(zip(codes, done.stdout.split(), strict=True))}
+
+
 def test_import_is_silent_and_light():
     done = python("import sys, hcd_nb; print('torch' in sys.modules, hcd_nb.__version__)")
     assert done.returncode == 0 and done.stderr == ""
@@ -28,27 +41,15 @@ def test_help_needs_no_torch():
 
 
 @pytest.fixture(scope="session")
-def imported():
-    """What each module says when it is imported anew, alone, where nothing that it may not need is there."""
+def imported(tmp_path_factory):
     blocked = ("nbdev", "execnb", "IPython", "jupyterlab", "anny", "warp", "faiss", "pytest", "hypothesis", "timm", "onnx", "onnxruntime", "onnxscript")
-    done = python(f"""
-import importlib, json, sys, warnings
-sys.modules.update(dict.fromkeys({blocked!r}))
-said = {{}}
-for module in {modules!r}:
-    for name in [n for n in sys.modules if n.split(".")[0] == "hcd_nb"]: del sys.modules[name]
-    with warnings.catch_warnings(record=True) as warned:
-        try: importlib.import_module("hcd_nb." + module)
-        except Exception as e: warned.append(repr(e))
-    said[module] = [str(w) for w in warned]
-print(json.dumps(said))""")
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return json.loads(done.stdout)
+    return python_each({m: f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import hcd_nb.{m}" for m in modules}, tmp_path_factory.mktemp("imported"))
 
 
 @pytest.mark.parametrize("module", modules)
 def test_modules_need_neither_notebooks_nor_extras(module, imported):
-    assert imported[module] == []
+    code, out, err = imported[module]
+    assert code == 0 and err == "", err
 
 
 @pytest.mark.timeout(600)
@@ -66,20 +67,15 @@ scripts = [l.strip().replace(" = ", "=") for l in (root/"settings.ini").read_tex
 
 
 @pytest.fixture(scope="session")
-def explained():
-    """What each command prints when it is asked for help."""
-    done = python(f"""
-import contextlib, importlib, io, json, sys
-said, sys.argv = {{}}, ["x", "--help"]
-for script in {scripts!r}:
-    module, function = script.split("=")[1].split(":")
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): getattr(importlib.import_module(module), function)()
-    said[script] = out.getvalue()
-print(json.dumps(said))""")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def explained(tmp_path_factory):
+    codes = {}
+    for script in scripts:
+        module, function = script.split("=")[1].split(":")
+        codes[script] = f"import sys; sys.argv = ['x', '--help']; from {module} import {function}; {function}()"
+    return python_each(codes, tmp_path_factory.mktemp("explained"))
 
 
 @pytest.mark.parametrize("script", scripts)
 def test_every_command_explains_itself(script, explained):
-    assert explained[script].startswith(f"usage: {script.split('=')[0]} ")
+    code, out, err = explained[script]
+    assert code == 0 and out.startswith(f"usage: {script.split('=')[0]} "), err

@@ -15,9 +15,9 @@ def python(code):
 
 
 def python_each(codes, folder):
-    """Each of many codes by itself, in a fork of one process in which torch and torchvision are there already: name -> exit status, what it printed, what it complained of."""
+    """Each of many codes by itself, in a fork of one process in which the large packages that the library requires are there already: name -> exit status, what it printed, what it complained of."""
     done = python(f"""
-import os, sys, torch, torchvision
+import os, sys, matplotlib.pyplot, pandas, sklearn.cluster, torch, torchvision.models
 for k, code in enumerate({list(codes.values())!r}):
     if not os.fork():
         for number, end in ((1, "out"), (2, "err")): os.dup2(os.open(f"{folder}/{{k}}.{{end}}", os.O_CREAT | os.O_WRONLY), number)

@@ -69,7 +69,7 @@ class BankConfig(Config):
 class RunConfig(BankConfig):
     "All settings of a run."
     dynamics:str = "default"     # default or paper
-    scale:str = "auto"           # how cosines become similarities, of the default form: auto, or spread, which looks at distances too
+    scale:str = "spread"         # how cosines become similarities, of the default form: spread, or auto, without a look at distances
     sigma:float = .25            # σ, merge threshold
     alpha_s:float = .99          # propagation strength of split
     alpha_m:float = .99          # propagation strength of merge
@@ -92,7 +92,7 @@ PRESETS = {
     "paper": dict(dynamics="paper", mutual_k=30, nn_mutual_k=20, normalise_cameras=False, bn_group=16, on_collapse="continue"),
     "quick": dict(iterations=2400, label_start=40, epoch=40, evaluate_every=400, save_every=40),
     "demo": dict(encoder="resnet10s", weights="none", height=64, width=32, pretrain=2500, iterations=800, label_start=100, learning_rate=1e-3,
-                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, join=.85, epoch=50, evaluate_every=200, save_every=100),
+                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, scale="auto", join=.85, epoch=50, evaluate_every=200, save_every=100),
 }
 
 # %% ../nbs/20_configs.ipynb #d585a47e
@@ -113,7 +113,7 @@ def make_config(preset="full",  # name in PRESETS
     return RunConfig(**{name: converted(name, value, types) for name, value in {**PRESETS[preset], **changes}.items()})
 
 # %% ../nbs/20_configs.ipynb #53e4714d
-CHOICES = dict(method=("hcd", "dbscan", "spcl", "odc", "moco", "byol", "instance", "direct", "oracle"), on_collapse=("stop", "reinit", "continue"), precision=("auto", "fp32", "bf16"), dynamics=("default", "paper"), scale=("auto", "spread"),
+CHOICES = dict(method=("hcd", "dbscan", "spcl", "odc", "moco", "byol", "instance", "direct", "oracle"), on_collapse=("stop", "reinit", "continue"), precision=("auto", "fp32", "bf16"), dynamics=("default", "paper"), scale=("spread", "auto"),
                neighbour=("propagated", "nearest"), node0=("sample", "centre"), anchors=("farthest", "random", "density"), loss_levels=("top", "all"))
 
 def check_config(config):

@@ -67,7 +67,7 @@ class ClusterDynamics:
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
-    scale: str | None = 'auto'  # 'auto': calibrated; 'spread': to distances too; None: the cosine [A]
+    scale: str | None = 'spread' # 'spread': calibrated, to distances too; 'auto': calibrated; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
     join: float | None = .7     # average link that clusters need to merge; None: no check [A]
     seed: int = 0               # of random anchors
@@ -85,7 +85,7 @@ def paper(cls: ClusterDynamics,
 @patch
 def check(self: ClusterDynamics):
     "Raise `ValueError` for an option that does not exist"
-    choices = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'), scale=('auto', 'spread', None))
+    choices = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'), scale=('spread', 'auto', None))
     for name, known in choices.items():
         if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}: it is one of {", ".join(map(str, known))}.')
 

@@ -17,7 +17,7 @@ def kin(
     loudest: float, # cosine of loud strangers
     voters: int = 8, # nearest rows that vote
     most: int = 16, # kin of an image, at most
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # places (B, m) int64; (B, m) bool, which are kin; (B,) bool, which images are sure
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: # places (B, m) int64; (B, m) bool, which are kin; (B,) bool, which images are sure; (B,) bool, whose kin end here
     "The rows of each neighbourhood that are of one kind with the first one"
     above = (cosines - loudest)*(1 - torch.eye(cosines.shape[1], device=cosines.device))
     votes = above[:, 0].clamp(min=0)**2
@@ -27,22 +27,23 @@ def kin(
     best, places = score.topk(min(most, score.shape[1]), dim=1)
     enough = .6*best[:, :3].mean(1, keepdim=True)
     real = (best >= enough) & (best > 0)
+    alike = (score >= enough) & (score > 0)
     heard = (votes*(score >= enough)).sum(1)/votes.sum(1).clamp(min=1e-9)
-    return places, real, (heard >= .7) & (real.sum(1) > 1)
+    return places, real, (heard >= .7) & (real.sum(1) > 1), alike.sum(1) <= 7*(score.shape[1] - 1)/8
 
 # %% ../nbs/13_scale.ipynb #b3d81fd6
 def kin_levels(
     cosines: torch.Tensor, # (B, k, k) within neighbourhoods, the image first
     b: float, # background
     loudest: float, # cosine of loud strangers
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (B,) of the image with its kin; (B,) among the kin; (B,) bool, which are sure
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: # (B,) of the image with its kin; (B,) among the kin; (B,) bool, which are sure; (B,) bool, whose kin end here
     "How far images stand above the background with their kin, and these among themselves"
-    places, real, sure = kin(cosines, loudest)
+    places, real, sure, ends = kin(cosines, loudest)
     weight, n = real.to(cosines.dtype), real.sum(1)
     own = ((cosines[:, 0].gather(1, places) - b)*weight).sum(1)/n.clamp(min=1)
     among = cosines[torch.arange(len(places), device=places.device)[:, None, None], places[:, :, None], places[:, None]] - b
     among = among*(1 - torch.eye(places.shape[1], device=places.device))
-    return own, torch.einsum('bp,bpq,bq->b', weight, among, weight)/(n*(n - 1)).clamp(min=1), sure & (own > 0)
+    return own, torch.einsum('bp,bpq,bq->b', weight, among, weight)/(n*(n - 1)).clamp(min=1), sure & (own > 0), ends
 
 # %% ../nbs/13_scale.ipynb #7fcbc7a0
 def reach_of(
@@ -50,7 +51,7 @@ def reach_of(
     r: float, # kin level
 ) -> torch.Tensor: # (B,) reach, .2 to 2
     "How much each image shows of its person, beside a typical one"
-    own, among, sure = levels
+    own, among, sure, _ = levels
     return torch.where(sure & (among > r/2), (own/(r*among.clamp(min=1e-6)).sqrt()).clamp(.2, 2), torch.ones_like(own))
 
 # %% ../nbs/13_scale.ipynb #7fcbc7a1
@@ -59,8 +60,8 @@ def spread_of(
     b: float, # background
 ) -> torch.Tensor: # (B,) spread, .03 to 1.4
     "How far each image is from its kin"
-    own, _, sure = levels
-    return (1 - b - own*sure).clamp(1e-3, 2).sqrt()
+    own, _, sure, ends = levels
+    return (1 - b - own*(sure & ends)).clamp(1e-3, 2).sqrt()
 
 # %% ../nbs/13_scale.ipynb #92193534
 class Scale:
@@ -122,7 +123,7 @@ def kin_level(
     b: float, # background
 ) -> float: # r
     "How far images of one person stand above the background"
-    _, among, sure = levels
+    _, among, sure, _ = levels
     return float(among[sure].median()) if sure.any() else 1 - b
 
 def calibrate(

@@ -92,7 +92,7 @@ PRESETS = {
     "paper": dict(dynamics="paper", mutual_k=30, nn_mutual_k=20, normalise_cameras=False, bn_group=16, on_collapse="continue"),
     "quick": dict(iterations=2400, label_start=40, epoch=40, evaluate_every=400, save_every=40),
     "demo": dict(encoder="resnet10s", weights="none", height=64, width=32, pretrain=2500, iterations=800, label_start=100, learning_rate=1e-3,
-                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, scale="auto", join=.85, epoch=50, evaluate_every=200, save_every=100),
+                 lr_drops=1, jitter=.2, momentum=.7, k1=15, k2=4, eps=.5, epoch=50, evaluate_every=200, save_every=100),
 }
 
 # %% ../nbs/20_configs.ipynb #d585a47e

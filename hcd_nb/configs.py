@@ -83,6 +83,7 @@ class RunConfig(BankConfig):
     anchors:str = "farthest"     # of a split: farthest, random or density
     splits:bool = True           # False: clusters are never split
     merges:bool = True           # False: clusters are never merged
+    stay:bool = True             # False: every image of a batch is detached before it follows a neighbour, as in the paper; of the default form
     confirm:float = .6           # average link that groups need to stay in a cluster, of the default form
     join:float = .7              # average link that clusters need to merge, of the default form; higher: smaller clusters
 

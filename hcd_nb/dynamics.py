@@ -67,6 +67,7 @@ class ClusterDynamics:
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
+    stay: bool = True           # images that fit their cluster better than their neighbour's stay; False: all are detached [A]
     scale: str | None = 'spread' # 'spread': calibrated, to distances too; 'auto': calibrated; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
     join: float | None = .7     # average link that clusters need to merge; None: no check [A]
@@ -80,7 +81,7 @@ def paper(cls: ClusterDynamics,
     **options, # any of the options, to change them
 ) -> ClusterDynamics:
     "The paper's form, as the authors' code has it"
-    return cls(**{**dict(mutual_k=30, nn_mutual_k=20, min_split_units=3, min_split_samples=5, split_cut=None, scale=None, confirm=None, join=None), **options})
+    return cls(**{**dict(mutual_k=30, nn_mutual_k=20, min_split_units=3, min_split_samples=5, split_cut=None, stay=False, scale=None, confirm=None, join=None), **options})
 
 @patch
 def check(self: ClusterDynamics):
@@ -95,8 +96,8 @@ class DynamicsReport:
     "What one update of the label bank did"
     splits: list      # per level: clusters that came off others
     merges: list      # per level: clusters that disappeared into others
-    adoptions: int    # images that took over a neighbour's labels
-    rejections: int   # images that found no neighbour and stayed alone
+    adoptions: int    # images that took over a neighbour's labels, or kept theirs
+    rejections: int   # images that found no neighbour and are alone
     moved: float      # share of all images, 0..1
 
 def share_moved(
@@ -276,6 +277,35 @@ def unite(self: ClusterDynamics,
     bank.relabel(h, images, names[root[gone]].repeat_interleave(length))
     return int(gone.sum())
 
+# %% ../nbs/16_dynamics.ipynb #57a7c0de-1
+@patch
+def own_and_other(self: ClusterDynamics,
+    features: torch.Tensor, # (N, d) unit rows
+    lists, # `Members` of the top level
+    j: torch.Tensor, # (n,) int64 images
+    labels: torch.Tensor, # (2, n) int64 labels of the cluster of each, of two images or more, and of another
+    similar, # from cosine to similarity
+) -> tuple[torch.Tensor, torch.Tensor]: # (n,) average link with the others of its cluster; (n,) with the other cluster
+    "How well images are placed, and how well they would be"
+    names, (own, other) = torch.unique(labels, return_inverse=True)
+    images, length = lists.of(names)
+    owner = torch.arange(len(names), device=j.device).repeat_interleave(length)
+    means, reach, size = cluster_centres(features, owner, len(names), images=images), mean_of(similar.reach[..., images], owner, len(names)), length.to(torch.float32)
+    rows, mine, n = features[j].to(means.dtype), similar.reach[..., j], size[own]
+    with_own, with_other = ((rows*means[x]).sum(1) for x in (own, other))
+    others = (n*reach[..., own] - mine)/(n - 1)
+    return similar((n*with_own - (rows*rows).sum(1))/(n - 1), mine*others, n - 1), similar(with_other, mine*reach[..., other], size[other])
+
+@patch
+def stays(self: ClusterDynamics, features, bank, batch, p, similar):
+    "(B,) bool, images that keep their labels, whatever neighbour they have found"
+    stay, labels = torch.zeros_like(batch, dtype=torch.bool), bank.labels[-1][torch.stack([batch, p])]
+    ask = ((p == batch) | (labels[0] != labels[1])) & (bank.index(-1).count[labels[0]] > 1)
+    if self.stay and self.confirm is not None and ask.any():
+        own, other = self.own_and_other(features, bank.index(-1), batch[ask], labels[:, ask], similar)
+        stay[ask] = (own >= self.confirm) & ((own >= other) | (p == batch)[ask])
+    return stay
+
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-7
 @patch
 def reference(self: ClusterDynamics,
@@ -286,13 +316,15 @@ def reference(self: ClusterDynamics,
     "One iteration of Algorithm 1, to be read and to be compared with"
     (batch, near, similarity, similar), before = self.around(features, label_bank, indices), label_bank.labels[-1].clone()
     p = self.follow(near, similarity)
-    label_bank.detach(batch)
-    label_bank.adopt(batch, chain_ends(batch, p))
+    stay = self.stays(features, label_bank, batch, p, similar)
+    p = torch.where(stay, batch, p)
+    label_bank.detach(batch[~stay])
+    label_bank.adopt(batch[~stay], chain_ends(batch, p)[~stay])
     splits, merges = [], []
     for h in range(label_bank.n_levels):
         splits.append(self.split_one_by_one(features, label_bank, batch, h, similar) if self.splits else 0)
         merges.append(self.merge_whole(features, label_bank, near, similarity, h, similar) if self.merges else 0)
-    rejections = int((p == batch).sum())
+    rejections = int(((p == batch) & ~stay).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, share_moved(before, label_bank.labels[-1]))
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-8
@@ -522,12 +554,14 @@ def __call__(self: ClusterDynamics,
     batch, near, similarity, similar = self.around(features, label_bank, indices)
     linked = reached((similarity > self.cut) & (similarity.mT > self.cut))
     p, splits, merges, found = self.follow_linked(near, similarity, linked), [], [], None
+    stay = self.stays(features, label_bank, batch, p, similar)
+    p = torch.where(stay, batch, p)
     with label_bank.recording() as journal:
-        take_labels(label_bank, batch, chain_ends(batch, p))
+        take_labels(label_bank, batch[~stay], chain_ends(batch, p)[~stay])
         for h in range(label_bank.n_levels):
             splits.append(self.split_level(features, label_bank, batch, h, similar) if self.splits else 0)
             gone, found = self.merge_level(features, label_bank, near, similarity, linked, h, similar, found) if self.merges else (0, None)
             merges.append(gone)
     images, old = (torch.cat(x) for x in zip(*journal))
-    rejections = int((p == batch).sum())
+    rejections = int(((p == batch) & ~stay).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, moved_images(label_bank, images, old)/label_bank.n_images)

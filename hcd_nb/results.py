@@ -39,8 +39,8 @@ class World:
 
 # %% ../nbs/40_results.ipynb #58433f23
 def embedded_world() -> World:
-    "The rendered pedestrians; similarities without the spread, as in the version that made the records"
-    form = dict(scale="auto", join=.85)
+    "The rendered pedestrians, and the default form of the version that made the records"
+    form = dict(scale="auto", join=.85, stay=False)
     return World("embedded", {"target": "pedestrians/target", "source": "pedestrians/source"}, {"target": "pedestrians/target", "source": "pedestrians/source"},
                  "demo", dict(form, pretrain=0, iterations=400, label_start=50, evaluate_every=400, save_every=200, on_collapse="continue"),
                  start=dict(form, method="direct"), odc=dict(n_classes=140), slow=dict(ema=.99))

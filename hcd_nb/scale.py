@@ -75,14 +75,19 @@ class Scale:
         self.b, self.reach = b, reach
         self.r = max(r, 1e-3, (loudest - b)/.9)
         self.loud = max(loudest - b, 0.)/self.r
-        self.floor = self.loud/(self.loud + .4*(1 - self.loud)) if self.loud else 0.
+
+    def floor(self,
+        most: float, # c' of a loud stranger at the most
+    ) -> float: # f
+        "The least reach that is believed"
+        return self.loud/(self.loud + most*(1 - self.loud)) if self.loud else 0.
 
     def __call__(self,
         cosine: torch.Tensor, # any shape; cosines, or averages of them
         reach: torch.Tensor, # (1 or 2, ...) products of the reaches, and of the spreads, of both sides
         pairs: torch.Tensor | None = None, # pairs that each average is over, where it decides on joining
     ) -> torch.Tensor: # 0..1
-        share = reach[0].clamp(min=self.floor)
+        share = reach[0].clamp(min=self.floor(.4 if pairs is None else .55))
         if pairs is not None: share = torch.maximum(share, pairs.to(share.dtype).clamp(min=1).rsqrt())
         level = (((cosine - self.b)/(self.r*share) - self.loud)/(1 - self.loud)).clamp(0, 1)
         return level if len(reach) == 1 else level*(reach[1]/(1 - cosine).clamp(min=1e-4)).sqrt().clamp(max=1)

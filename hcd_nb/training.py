@@ -53,7 +53,7 @@ def dynamics_of(config, # RunConfig
     names = ("alpha_s", "alpha_m", "sigma", "n_anchors", "n_neighbours", "cut", "neighbour", "node0", "anchors", "splits", "merges")
     same = {name: getattr(config, name) for name in names}
     same |= {k: getattr(config, k) for k in ("mutual_k", "nn_mutual_k") if getattr(config, k)}
-    return ClusterDynamics.paper(**same) if config.dynamics == "paper" else ClusterDynamics(**same, scale=config.scale, confirm=config.confirm, join=config.join)
+    return ClusterDynamics.paper(**same) if config.dynamics == "paper" else ClusterDynamics(**same, stay=config.stay, scale=config.scale, confirm=config.confirm, join=config.join)
 
 # %% ../nbs/21_training.ipynb #55bbc4f4
 class Method(nn.Module):

@@ -105,7 +105,7 @@ def batches(n, count, size=64, seed=0):
         order = order[size:]
 
 # %% ../nbs/24_situations.ipynb #4e277322
-FORMS = {'default': ClusterDynamics(), 'auto': ClusterDynamics(scale='auto'), 'paper': ClusterDynamics.paper()}
+FORMS = {'default': ClusterDynamics(), 'auto': ClusterDynamics(scale='auto', stay=False), 'paper': ClusterDynamics.paper()}
 
 def run(
     dynamics: ClusterDynamics,

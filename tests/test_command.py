@@ -139,6 +139,7 @@ def refused(tmp_path_factory):
     return python_each({k: f"import sys; sys.argv = {words_of(k, words)!r}; from hcd_nb.command import main; sys.exit(main())" for k, (words, _) in enumerate(WRONG)}, folder)
 
 
+@pytest.mark.timeout(900)    # all are asked before the first answer is read
 @pytest.mark.parametrize("k,says", [(k, says) for k, (_, says) in enumerate(WRONG)])
 def test_what_is_typed_wrong_is_one_sentence(k, says, refused):
     code, out, err = refused[k]

@@ -10,8 +10,8 @@ root = Path(__file__).parents[1]
 modules = sorted(p.stem for p in (root/"hcd_nb").glob("[!_]*.py"))
 
 
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+def python(code, seconds=300):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds)
 
 
 def python_each(codes, folder):
@@ -23,7 +23,7 @@ for k, code in enumerate({list(codes.values())!r}):
         for number, end in ((1, "out"), (2, "err")): os.dup2(os.open(f"{folder}/{{k}}.{{end}}", os.O_CREAT | os.O_WRONLY), number)
         exec(code, {{"__name__": "__main__"}})
         sys.exit()
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)""")
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)""", seconds=900)
     assert done.returncode == 0, done.stderr
     return {name: (int(status), *((folder/f"{k}.{end}").read_text() for end in ("out", "err"))) for k, (name, status) in enumerate(zip(codes, done.stdout.split(), strict=True))}
 
@@ -46,6 +46,7 @@ def imported(tmp_path_factory):
     return python_each({m: f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import hcd_nb.{m}" for m in modules}, tmp_path_factory.mktemp("imported"))
 
 
+@pytest.mark.timeout(900)    # all modules are imported before the first of them is asked
 @pytest.mark.parametrize("module", modules)
 def test_modules_need_neither_notebooks_nor_extras(module, imported):
     code, out, err = imported[module]
@@ -75,6 +76,7 @@ def explained(tmp_path_factory):
     return python_each(codes, tmp_path_factory.mktemp("explained"))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("script", scripts)
 def test_every_command_explains_itself(script, explained):
     code, out, err = explained[script]

@@ -296,9 +296,16 @@ def own_and_other(self: ClusterDynamics,
     others = (n*reach[..., own] - mine)/(n - 1)
     return similar((n*with_own - (rows*rows).sum(1))/(n - 1), mine*others, n - 1), similar(with_other, mine*reach[..., other], size[other])
 
+# %% ../nbs/16_dynamics.ipynb #57a7c0de-4
 @patch
-def stays(self: ClusterDynamics, features, bank, batch, p, similar):
-    "(B,) bool, images that keep their labels, whatever neighbour they have found"
+def stays(self: ClusterDynamics,
+    features: torch.Tensor, # (N, d) unit rows
+    bank: LabelBank, # before anybody is detached
+    batch: torch.Tensor, # (B,) int64 distinct images
+    p: torch.Tensor, # (B,) int64 image that each one would follow; itself where it found nobody
+    similar, # from cosine to similarity
+) -> torch.Tensor: # (B,) bool
+    "Images that keep their labels, whatever neighbour they have found"
     stay, labels = torch.zeros_like(batch, dtype=torch.bool), bank.labels[-1][torch.stack([batch, p])]
     ask = ((p == batch) | (labels[0] != labels[1])) & (bank.index(-1).count[labels[0]] > 1)
     if self.stay and self.confirm is not None and ask.any():

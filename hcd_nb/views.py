@@ -66,8 +66,8 @@ def standing(
 ) -> tuple[float, float]: # level of loud strangers as a share of the kin's, 0..1 or above; share of images that are sure of their kin
     "How well people stand out among strangers"
     near, cosines = neighbourhood(rows, evenly(len(rows), 256, rows.device), min(64, len(rows)))
-    b, loudest, r, (_, _, sure, _) = calibrate(rows, near, cosines)
-    return (loudest - b)/max(r, 1e-3), float(sure.float().mean())
+    b, loudest, r, levels = calibrate(rows, near, cosines)
+    return (loudest - b)/max(r, 1e-3), float(levels.sure.float().mean())
 
 def hidden_views(
     rows: torch.Tensor, # (N, d) unit rows

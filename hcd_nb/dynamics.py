@@ -138,7 +138,7 @@ def read_scale(self: ClusterDynamics, features, bank, near, cosines, batch):
     "From cosine to similarity, by the `scale` of the options; reach and spread of the batch are measured anew"
     if self.scale is None: return Plain(torch.ones(1, device=features.device).expand(len(features)))
     b, loudest, r, levels = calibrate(features, near, cosines)
-    if bank.reach is None or len(bank.reach) != self.readings: bank.reach = self.measure(features)
+    bank.reach = self.measure(features) if bank.reach is None or len(bank.reach) != self.readings else bank.reach.to(features.device)
     bank.reach[:, batch] = self.read_images(levels, b, r)[:, :len(batch)]
     return Scale(b, loudest, r, bank.reach)
 
@@ -151,9 +151,9 @@ def around(self: ClusterDynamics,
 ) -> tuple: # batch (B,) int64 distinct; neighbourhoods (B, k) int64, each image first; similarity (B, k, k) within them; from cosine to similarity
     "What an update sees of the bank"
     self.check()
-    batch = torch.unique(indices)
+    batch = torch.unique(indices.to(bank.labels.device))
     rows = looked_at(batch, len(features)) if self.scale else batch
-    near, cosines = neighbourhood(features, rows, min(self.n_neighbours, len(features)))
+    near, cosines = neighbourhood(features, rows.to(features.device), min(self.n_neighbours, len(features)))
     similar = self.read_scale(features, bank, near, cosines, batch)
     near, cosines = near[:len(batch)], cosines[:len(batch)]
     return batch, near, similar(cosines, outer(similar.reach[..., near])), similar
@@ -175,11 +175,12 @@ def follow(self: ClusterDynamics,
 # %% ../nbs/16_dynamics.ipynb #c5ab39ff
 def mean_of(
     values: torch.Tensor, # (..., n)
-    classes: torch.Tensor, # (n,) int64 in 0..n_classes-1
+    classes: torch.Tensor, # (n,) int64 in 0..n_classes-1, on any device
     n_classes: int, # every class must have a member
-) -> torch.Tensor: # (..., n_classes)
+) -> torch.Tensor: # (..., n_classes) where the values are
     "The mean of each class"
-    return values.new_zeros(*values.shape[:-1], n_classes).index_add_(-1, classes, values)/classes.bincount(minlength=n_classes)
+    count = classes.bincount(minlength=n_classes).to(values.device)
+    return values.new_zeros(*values.shape[:-1], n_classes).index_add_(-1, classes.to(values.device), values)/count
 
 # %% ../nbs/16_dynamics.ipynb #5c0e57a7-1
 def summaries(
@@ -188,12 +189,12 @@ def summaries(
     labels: torch.Tensor, # (...) int64 labels of clusters, repeats allowed
     reach: torch.Tensor, # (1 or 2, N) reach and spread of the images
     centres: str = 'mean', # form of the centres, see `cluster_centres`
-) -> tuple: # of the C distinct clusters: centres (C, d), mean reach and spread (1 or 2, C), images (C,) int64; place of each label among them (...) int64
+) -> tuple: # where the features are, of the C distinct clusters: centres (C, d), mean reach and spread (1 or 2, C), images (C,) int64; place of each label among them (...) int64
     "What clusters are as wholes"
     names, place = torch.unique(labels, return_inverse=True)
     images, size = lists.of(names)
     owner = torch.arange(len(names), device=labels.device).repeat_interleave(size)
-    return cluster_centres(features, owner, len(names), centres, images), mean_of(reach[..., images], owner, len(names)), size, place
+    return cluster_centres(features, owner, len(names), centres, images), mean_of(reach[..., images], owner, len(names)), size.to(features.device), place.to(features.device)
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-3
 @patch
@@ -298,13 +299,14 @@ def own_and_other(
     j: torch.Tensor, # (n,) int64 images
     labels: torch.Tensor, # (2, n) int64 labels of the cluster of each, of two images or more, and of another
     similar, # from cosine to similarity
-) -> tuple[torch.Tensor, torch.Tensor]: # (n,) average link with the others of its cluster; (n,) with the other cluster
+) -> tuple[torch.Tensor, torch.Tensor]: # where the labels are: (n,) average link with the others of its cluster; (n,) with the other cluster
     "How well images are placed, and how well they would be"
     means, reach, size, (own, other) = summaries(features, lists, labels, similar.reach)
     rows, mine, n = features[j].to(means.dtype), similar.reach[..., j], size[own]
     with_own, with_other = ((rows*means[x]).sum(1) for x in (own, other))
     others = (n*reach[..., own] - mine)/(n - 1)
-    return similar((n*with_own - (rows*rows).sum(1))/(n - 1), mine*others, n - 1), similar(with_other, mine*reach[..., other], size[other])
+    links = similar((n*with_own - (rows*rows).sum(1))/(n - 1), mine*others, n - 1), similar(with_other, mine*reach[..., other], size[other])
+    return tuple(x.to(labels.device) for x in links)
 
 # %% ../nbs/16_dynamics.ipynb #57a7c0de-4
 @patch
@@ -357,13 +359,14 @@ def stack_groups(self: ClusterDynamics,
     reach: torch.Tensor, # (1 or 2, C, M) reach and spread of the units
 ) -> torch.Tensor: # (C, M) int64 groups
     "Split a stack of clusters (Eq. 4)"
+    real, start = real.to(rows.device), start.to(rows.device)
     similarity, size = similar(cosines_within(rows, units), outer(reach)), real.sum(1)
     if self.anchors == 'farthest': anchors, chosen = farthest_anchors(similarity, real, start, self.n_anchors)
     else:
         if self.anchors == 'density': anchors = density_anchors(similarity, self.n_anchors, real)
         else: anchors = self.lots(size)
         chosen = torch.arange(anchors.shape[1], device=size.device) < size[:, None]
-    return split_stack(similarity, real, anchors, chosen, self.alpha_s, self.mutual_k, self.split_cut)
+    return split_stack(similarity, real, anchors, chosen, self.alpha_s, self.mutual_k, self.split_cut).to(units.device)
 
 @patch
 def lots(self: ClusterDynamics, size):
@@ -396,7 +399,7 @@ def unit_groups(self: ClusterDynamics,
     for c in (count >= low).nonzero()[:, 0].tolist():
         own = slice(int(begin[c]), int(begin[c] + count[c]))
         one = rows[units[own]].to(torch.promote_types(rows.dtype, torch.float32))
-        group[own] = split_large(one, reach[..., own], int(start[c]), self.n_anchors, self.alpha_s, self.mutual_k, self.split_cut, similar)
+        group[own] = split_large(one, reach[..., own], int(start[c]), self.n_anchors, self.alpha_s, self.mutual_k, self.split_cut, similar).to(group.device)
     return group
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-10
@@ -419,7 +422,8 @@ def confirmed(self: ClusterDynamics,
     first = torch.zeros_like(number).masked_scatter((count > 1)[owner], torch.arange(int(real.sum()), device=number.device))
     means = cluster_centres(features, first[which[torn]], int(real.sum()), images=images[torn])
     reach = mean_of(similar.reach[..., images], which, len(number))
-    joined = rejoin_stack(cosines_within(means, first[place]), size[place], real, reach[..., place], self.confirm, similar)
+    links, reach = cosines_within(means, first[place]).to(place.device), reach.to(place.device)
+    joined = rejoin_stack(links, size[place], real, reach[..., place], self.confirm, similar)
     new = torch.zeros_like(number)
     new[place[real]] = joined[real]
     return new[which]
@@ -481,7 +485,7 @@ def would_join(self: ClusterDynamics,
     labels: torch.Tensor, # (R, m) int64 labels of the clusters around each, its own first
     edges: torch.Tensor, # (R, m, m) bool between them
     similar, # from cosine to similarity
-) -> torch.Tensor: # (R, m) bool
+) -> torch.Tensor: # (R, m) bool, where the labels are
     "Clusters that the first one would merge with, whatever their parents"
     centres, reach, size, node = summaries(features, lists, labels, similar.reach, self.centres)
     reach, size = reach[..., node], size[node]
@@ -490,7 +494,7 @@ def would_join(self: ClusterDynamics,
     links, nodes = similar(cosines[:, 0, :-1], reach[..., :1]*reach, size[:, :1]*size), cosines[:, :-1, :-1].clone()
     if self.node0 == 'sample': nodes[:, 0], nodes[:, :, 0], reach[..., 0] = cosines[:, -1, :-1], cosines[:, -1, :-1], similar.reach[..., own]
     wanted = from_first(affinity(similar(nodes, outer(reach)), edges), self.alpha_m) > self.sigma
-    return wanted if self.join is None else wanted & (links >= self.join)
+    return (wanted if self.join is None else wanted & (links >= self.join)).to(labels.device)
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-16
 @patch
@@ -513,7 +517,10 @@ def merge_level(self: ClusterDynamics,
     labels = bank.labels[h][found]
     now = some, places, real, bank.index(h).count[labels]*real
     if below and all(map(torch.equal, now, below)): wanted = below[-1]
-    else: wanted = real & self.would_join(features, bank.index(h), near[:, 0], labels, merge_edges(square_of(similarity, places, some), real, self.mutual_k, self.cut), similar)
+    else:
+        members = square_of(similarity, *(x.to(similarity.device) for x in (places, some)))
+        edges = merge_edges(members, real.to(members.device), self.mutual_k, self.cut)
+        wanted = real & self.would_join(features, bank.index(h), near[:, 0], labels, edges, similar)
     allowed = wanted & (bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]) if h + 1 < bank.n_levels else wanted
     return self.unite(bank, h, labels, allowed) if allowed.any() else 0, (*now, wanted)
 
@@ -571,6 +578,7 @@ def __call__(self: ClusterDynamics,
     batch, near, similarity, similar = self.around(features, label_bank, indices)
     linked = reached((similarity > self.cut) & (similarity.mT > self.cut))
     p, splits, merges, found = self.follow_linked(near, similarity, linked), [], [], None
+    p, near, linked = (x.to(batch.device) for x in (p, near, linked))
     stay = self.stays(features, label_bank, batch, p, similar)
     p = torch.where(stay, batch, p)
     with label_bank.recording() as journal:

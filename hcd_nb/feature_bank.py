@@ -13,21 +13,21 @@ from torch.nn.functional import embedding_bag, normalize
 # %% ../nbs/10_feature_bank.ipynb #116da901
 def cluster_means(
     rows: torch.Tensor, # (N, d) float, or `processes.ShardedRows`
-    classes: torch.Tensor, # (n,) int64 in 0..n_classes-1
+    classes: torch.Tensor, # (n,) int64 in 0..n_classes-1, on any device
     n_classes: int, # C; every class must have a member
-    images: torch.Tensor | None = None, # (n,) int64, the rows that are meant; all of them when None
-) -> torch.Tensor: # (C, d), not renormalised
+    images: torch.Tensor | None = None, # (n,) int64 where the classes are, the rows that are meant; all of them when None
+) -> torch.Tensor: # (C, d) where the rows are, not renormalised
     "Mean row of each class"
     n = len(rows) if images is None else len(images)
     if n != len(classes): raise ValueError(f'{n} rows but {len(classes)} classes: give one class for each row.')
     count = torch.bincount(classes, minlength=n_classes)
     if len(count) > n_classes or (count == 0).any():
         raise ValueError(f'classes must use every number from 0 to {n_classes - 1} and no other; number them with label_bank.contiguous.')
-    if images is None and hasattr(rows, 'class_sums'): return rows.class_sums(classes, n_classes) / count[:, None]
+    if images is None and hasattr(rows, 'class_sums'): return rows.class_sums(classes.to(rows.device), n_classes) / count.to(rows.device)[:, None]
     order = classes.argsort(stable=True)
     if images is not None: order = images[order]
     if hasattr(rows, 'fetch'): rows, order = rows.fetch(order), torch.arange(len(order), device=order.device)
-    return embedding_bag(order, rows, count.cumsum(0) - count, mode='mean')
+    return embedding_bag(order.to(rows.device), rows, (count.cumsum(0) - count).to(rows.device), mode='mean')
 
 # %% ../nbs/10_feature_bank.ipynb #e1489235
 def bad_rows(

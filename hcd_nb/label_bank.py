@@ -273,7 +273,7 @@ def from_features(cls: LabelBank,
     if each[-1] >= 1: raise ValueError(f'eps={each[-1]} joins all images: no two have a Jaccard distance above 1; give less than 1.')
     V = encoding(features, k1, k2, index)
     distance = pairs_within(V, each[-1])
-    found = {e: dbscan(distance, e, min_samples).to(features.device) for e in each}
+    found = {e: dbscan(distance, e, min_samples) for e in each}
     require_clusters(V, found[each[-1]], each[-1], min_samples)
     rows = [singletons(found[each[-1]])]
     for e in reversed(each[:-1]): rows.insert(0, intersect(singletons(found[e]), rows[0]))

@@ -166,10 +166,12 @@ def knn(
 # %% ../nbs/11_neighbors.ipynb #f5843102
 def cosines_within(
     features: torch.Tensor, # (N, d), or `processes.ShardedRows`
-    sets: torch.Tensor, # (S, M) int64 rows of each set
-    tile: int = 2**18, # numbers gathered at a time
-) -> torch.Tensor: # (S, M, M), at least float32
+    sets: torch.Tensor, # (S, M) int64 rows of each set, on any device
+    tile: int | None = None, # numbers gathered at a time; None: 2^18 on a processor, for its cache, 2^25 on a GPU
+) -> torch.Tensor: # (S, M, M) where the features are, at least float32
     "The products of the rows of each set with one another"
+    sets = sets.to(features.device)
+    if tile is None: tile = 2**18 if sets.device.type == 'cpu' else 2**25
     if hasattr(features, 'fetch'):
         names, sets = torch.unique(sets, return_inverse=True)
         features = features.fetch(names)

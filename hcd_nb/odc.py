@@ -104,8 +104,8 @@ class ODC(Method):
         labels, centroids = k_means(rows, len(self.centroids), t.config.seed), self.centroids
         labels, self.centroids = renew_small(rows, labels, cluster_means(rows, labels, len(centroids)), self.least)
         with torch.no_grad(): self.classifier.copy_(F.normalize(self.centroids, dim=1))
-        return LabelBank.from_labels(labels, t.config.levels)
-    def centres(self, t): return t.feature_bank.rows[:0], t.label_bank.labels[-1]
+        return LabelBank.from_labels(labels.cpu(), t.config.levels)
+    def centres(self, t): return t.feature_bank.rows[:0], t.label_bank.labels[-1].to(t.device)
 
 # %% ../nbs/31_odc.ipynb #fb6e1bdc
 @patch
@@ -123,11 +123,11 @@ def update(self:ODC, t, batch):
     since = t.since_start()
     if since < 0: return {}
     if since % 100 == 0: t.take_views()
-    before, rows = t.label_bank.labels[-1].clone(), t.label_rows
+    before, rows = t.label_bank.labels[-1].to(t.device), t.label_rows
     labels, batch = before.clone(), torch.unique(batch)
     labels[batch] = nearest_class(rows[batch], self.centroids)
     labels, self.centroids = renew_small(rows, labels, self.centroids, self.least)
     if since % self.renew_every == 0: self.centroids = cluster_means(rows, labels, len(self.centroids))
     changed = (labels != before).nonzero()[:, 0]
-    for h in range(t.label_bank.n_levels): t.label_bank.relabel(h, changed, labels[changed])
+    for h in range(t.label_bank.n_levels): t.label_bank.relabel(h, changed.cpu(), labels[changed].cpu())
     return {"moved": len(changed)/len(labels)}

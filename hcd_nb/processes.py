@@ -185,11 +185,11 @@ def mine(self: ShardedRows,
 
 @patch
 def fetch(self: ShardedRows,
-    index: torch.Tensor, # (n,) int64 rows, the same in all processes
+    index: torch.Tensor, # (n,) int64 rows, the same in all processes, on any device
 ) -> torch.Tensor: # (n, d)
     "Rows from whoever keeps them"
     out = self.own.new_zeros(len(index), self.shape[1])
-    here, places = self.mine(index)
+    here, places = self.mine(index.to(self.device))
     out[here] = self.own[places]
     if size() > 1: dist.all_reduce(out)
     return out

@@ -60,5 +60,6 @@ class SpCL(PerEpoch):
     def first_labels(self, t, rows):
         eps, gap = t.config.eps, t.config.gap
         tight, labels, loose = t.dbscan_labels(rows, (eps - gap, eps, eps + gap)).labels
-        kept, self.bound = self_paced(labels, tight, loose, self.bound)
+        kept, bound = self_paced(labels, tight, loose, self.bound.cpu())
+        self.bound = bound.to(t.device)
         return LabelBank.from_labels(kept, t.config.levels)

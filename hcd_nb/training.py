@@ -39,7 +39,7 @@ from .evaluation import adjusted_rand_index, evaluate, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
 from .guard import collapse, silhouette
 from .images import ImageStore
-from .label_bank import LabelBank, NoClusters, draw_k_distances
+from .label_bank import LabelBank, NoClusters, contiguous, draw_k_distances
 from .losses import contrastive_loss
 from .neighbors import recall
 from .processes import ShardedBank, ShardedRows, any_of, average_gradients, from_first, gathered, rank, share, shared_batch_norm, size
@@ -64,7 +64,7 @@ class Method(nn.Module):
     def first_labels(self, t, rows): # (N_t, d) rows to find labels in → LabelBank
         return t.dbscan_labels(rows)
     def centres(self, t, h=-1): # level → (C_t, d) its centres, (N_t,) int64 its classes; of the top: negatives of Eq. 1, and what batches are drawn by
-        classes, n_classes = t.label_bank.class_index(h)
+        classes, n_classes = t.classes(h)
         return cluster_means(t.feature_bank.target, classes, n_classes), classes
     def loss(self, t, centres, classes): # → loss, features (B, d) for the bank, batch (B,)
         finer = range(t.config.levels - 1) if t.config.loss_levels == "all" else ()
@@ -103,7 +103,7 @@ class Oracle(Method):
 
 class Instance(Method):
     "Every image a class of its own"
-    def first_labels(self, t, rows): return LabelBank.from_labels(torch.full((len(rows),), -1, device=rows.device), t.config.levels)
+    def first_labels(self, t, rows): return LabelBank.from_labels(torch.full((len(rows),), -1), t.config.levels)
 
 METHODS = {"hcd": HCD, "dbscan": PerEpoch, "direct": Method, "oracle": Oracle, "instance": Instance}
 
@@ -117,7 +117,7 @@ class Trainer:
                  source_classes=None, # (N_s,) int64, 0..C_s−1
                  target_cameras=None, # (N_t,) int64 for the sampler and for camera means, or None
                  source_cameras=None, # (N_s,) int64 for the sampler, or None
-                 device="cpu",        # where the encoder and the banks live
+                 device="cpu",        # where the encoder and the feature bank live; the label bank is in main memory
                  method=None,         # a class derived from Method; None: the one that the configuration names
                 ):
         self.config, self.target, self.source, self.device = config, target, source, torch.device(device)
@@ -146,6 +146,13 @@ def named_method(name): # → class
 def since_start(self:Trainer): # → int
     "Iterations since the labels may move, negative before"
     return self.iteration - self.config.pretrain - self.config.label_start
+
+@patch
+def classes(self:Trainer,
+            h=-1, # level as an index: 0 finest, −1 coarsest
+            ): # → (N_t,) int64 in 0..C_t−1, next to the features; C_t
+    "A level of the label bank as contiguous classes"
+    return contiguous(self.label_bank.labels[h].to(self.device))
 
 # %% ../nbs/21_training.ipynb #dd7146dd
 def learning_rate(config,    # RunConfig
@@ -220,7 +227,7 @@ def start_banks(self:Trainer,
     if not with_target: return
     if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
     self.take_views()
-    self.label_bank = self.labels_of_method() if labels is None else LabelBank.from_labels(labels.to(self.device), self.config.levels)
+    self.label_bank = self.labels_of_method() if labels is None else LabelBank.from_labels(labels.cpu(), self.config.levels)
 
 @patch
 def labels_of_method(self:Trainer) -> LabelBank:
@@ -240,8 +247,8 @@ def dbscan_labels(self:Trainer,
     if rank() == 0:
         bank = LabelBank.from_features(rows, levels, **found)
         if found["index"] != "exact": self.recall = recall(rows, found["k1"], found["index"])
-    else: bank = LabelBank(torch.zeros(levels, len(self.target), dtype=torch.long, device=self.device))
-    return LabelBank(from_first(bank.labels.contiguous()))
+    else: bank = LabelBank(torch.zeros(levels, len(self.target), dtype=torch.long))
+    return LabelBank(from_first(bank.labels.to(self.device)).cpu())
 
 @patch
 def find_labels_anew(self:Trainer) -> float: # share of images that changed their cluster
@@ -346,7 +353,7 @@ def load_state_dict(self:Trainer, state):
         self.feature_bank = FeatureBank(state["feature_bank"]["rows"].to(self.device))
         self.feature_bank.load_state_dict(state["feature_bank"])
     if "label_bank" in state:
-        self.label_bank = LabelBank(state["label_bank"]["labels"].to(self.device))
+        self.label_bank = LabelBank(state["label_bank"]["labels"])
         self.label_bank.load_state_dict(state["label_bank"])
         if size() > 1: self.feature_bank = ShardedBank(self.feature_bank)
         self.label_rows = self.feature_bank.target
@@ -453,19 +460,19 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
     "The state of the label bank, for the history and the progress bar."
     bank, row, identities = self.trainer.label_bank, {}, self.domain.train.identities
     known = identities >= 0
-    for h, level in enumerate(bank.labels.cpu()):
+    for h, level in enumerate(bank.labels):
         counts = bank.index(h).count
         counts = counts[counts > 0]
         row[f"clusters_{h + 1}"] = len(counts)
         if self.domain.train.has_identities: row[f"ari_{h + 1}"] = adjusted_rand_index(level[known], identities[known])
     if self.trainer.target_cameras is None and self.config.normalise_cameras: row["hidden_views"] = 0 if self.trainer.views is None else len(self.trainer.views.directions)
-    if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index()[0])
+    if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, self.trainer.classes()[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
 
 @patch
 def note_changes(self:Run):
     "Keep which images got another label at the top level in this iteration: rows of iteration, image, label."
-    labels = self.trainer.label_bank.labels[-1].cpu().clone()
+    labels = self.trainer.label_bank.labels[-1].clone()
     changed = (torch.arange(len(labels)) if self.seen is None else (labels != self.seen).nonzero()[:, 0]).int()
     self.changes.append(torch.stack([torch.full_like(changed, self.trainer.iteration), changed, labels[changed].int()], 1))
     self.seen = labels
@@ -539,7 +546,7 @@ def load(self:Run):
     "Continue from the folder's checkpoint."
     more = load_checkpoint(self.trainer, self.out/"checkpoint.safetensors")
     self.seconds, self.evaluations = more["seconds"], more["evaluations"]
-    if "changes" in more: self.changes, self.seen = [more["changes"]], self.trainer.label_bank.labels[-1].cpu().clone()
+    if "changes" in more: self.changes, self.seen = [more["changes"]], self.trainer.label_bank.labels[-1].clone()
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-14
 @patch
@@ -603,7 +610,7 @@ def finish(self:Run):
 @patch
 def write_labels(self:Run):
     "The label bank as safetensors, and as a table a person can open."
-    labels = self.trainer.label_bank.labels.cpu().contiguous()
+    labels = self.trainer.label_bank.labels.contiguous()
     write_whole(self.out/"label_bank.safetensors", lambda part: save_file({"labels": labels}, part))
     levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
     pd.DataFrame({"path": self.domain.train.paths, **levels}).to_csv(self.out/"pseudo_identities.csv", index=False)

@@ -21,10 +21,10 @@ def matches_and_ignored(
     gallery_cameras, # (G,) int64; -1 = unknown
 ): # two (Q, G) bool masks: to be found, taken out of the ranking
     "Which gallery images each query should find, and which ones do not count for it."
-    same = query_ids[:, None] == gallery_ids[None]
-    junk = gallery_ids[None] == -1
-    near = same & (query_cameras[:, None] == gallery_cameras[None]) & (query_cameras[:, None] >= 0)
-    return same & ~near & ~junk, near | junk
+    same, junk = query_ids[:, None] == gallery_ids[None], gallery_ids[None] == -1
+    seen_by = query_cameras.where(query_cameras >= 0, -2) # an unknown camera is nobody's
+    ignored = same & (seen_by[:, None] == gallery_cameras[None]) | junk
+    return same & ~ignored, ignored
 
 # %% ../nbs/03_evaluation.ipynb #390ee847
 def at_least(
@@ -33,9 +33,9 @@ def at_least(
 ): # (Q, M) int64, rising
     "How many values of its row are as large as each mark, or larger."
     Q, M = marks.shape
-    reached = torch.searchsorted(marks.flip(1).contiguous(), values, right=True, out_int32=True)
-    reached += (M + 1)*torch.arange(Q, dtype=torch.int32, device=values.device)[:, None]
-    count = reached.flatten().bincount(minlength=Q*(M + 1)).view(Q, M + 1)
+    reached = torch.searchsorted(marks.flip(1).contiguous(), values, right=True)
+    one = torch.ones(1, 1, dtype=torch.int32, device=values.device)
+    count = one.new_zeros(Q, M + 1).scatter_add_(1, reached, one.expand_as(reached))
     return count.flip(1).cumsum(1)[:, :M]
 
 # %% ../nbs/03_evaluation.ipynb #e4d0ff84

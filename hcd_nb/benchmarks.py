@@ -365,7 +365,9 @@ def main(words=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in args.only or PIECES:
-        if not (rows := PIECES[name](args.device)): continue
+        try: rows = PIECES[name](args.device)
+        except ValueError as e: rows = print(f"hcd_bench: {name} is left out: {e}", file=sys.stderr)
+        if not rows: continue
         what = dict(machine(args.device), command="hcd_bench --only " + name + (f" --device {args.device}" if args.device != "cpu" else ""))
         (out/f"{name}-{args.device.split(':')[0]}.json").write_text(json.dumps(dict(what, rows=rows), indent=1) + "\n")
         print(f"\n{what['device']}, {what['processor']}, {what['threads']} threads, torch {what['versions']['torch']}, {what['date']}\n{pd.DataFrame(rows).to_string(index=False, na_rep='')}", flush=True)

@@ -21,17 +21,17 @@ def farthest_anchors(
     real: torch.Tensor, # (C, M) bool, which units there are
     start: torch.Tensor, # (C,) int64 the first anchor of each cluster
     n_anchors: int, # K, at most this many
-) -> tuple[torch.Tensor, torch.Tensor]: # anchors (C, K) int64; (C, K) bool, which are chosen
+) -> tuple[torch.Tensor, torch.Tensor]: # K' the smaller of K and M: anchors (C, K') int64; (C, K') bool, which are chosen
     "`split.farthest_first` of every cluster"
-    every, size = torch.arange(len(start), device=start.device), real.sum(1)
+    every, place = (torch.arange(n, device=real.device) for n in real.shape)
     nearest = similarity[every, start].masked_fill(~real, torch.inf)
-    anchors, chosen = [start], [torch.ones_like(start, dtype=torch.bool)]
-    for k in range(1, n_anchors):
-        far = first_largest(-nearest)
-        chosen.append(chosen[-1] & (k < size) & (nearest[every, far] < 1 - 1e-6))
-        anchors.append(far)
-        nearest = torch.maximum(nearest, similarity[every, far])
-    return torch.stack(anchors, 1), torch.stack(chosen, 1)
+    anchors, met = [start], [torch.zeros_like(nearest[:, :1])]
+    for _ in range(min(n_anchors, len(place)) - 1):
+        anchors.append(first_largest(-nearest))
+        met.append(nearest.gather(1, anchors[-1][:, None]))
+        nearest = torch.maximum(nearest, similarity[every, anchors[-1]])
+    new = (torch.cat(met, 1) < 1 - 1e-6) & (place[:len(met)] < real.sum(1)[:, None])
+    return torch.stack(anchors, 1), new.cummin(1).values
 
 # %% ../nbs/15_padded.ipynb #548037be
 def by_first(

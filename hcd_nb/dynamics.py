@@ -335,6 +335,7 @@ def reference(self: ClusterDynamics,
     indices: torch.Tensor, # (B,) int64 images of the batch; repeats count once
 ) -> DynamicsReport: # what happened
     "One iteration of Algorithm 1, to be read and to be compared with"
+    if features.device != label_bank.labels.device: raise ValueError(f'the features are on {features.device} and the label bank on {label_bank.labels.device}: the reference wants both in one place; a call does not.')
     (batch, near, similarity, similar), before = self.around(features, label_bank, indices), label_bank.labels[-1].clone()
     p = self.follow(near, similarity)
     stay = self.stays(features, label_bank, batch, p, similar)

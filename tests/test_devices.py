@@ -53,6 +53,11 @@ def test_label_updates_are_the_same(gpu, form):
         assert same_partition(here.labels, memory.labels) and same_partition(here.labels, there.labels.cpu())
 
 
+def test_the_reference_wants_both_in_one_place(gpu):
+    rows, who = features(60, 16)
+    with pytest.raises(ValueError, match="the features are on cuda:0 and the label bank on cpu"): ClusterDynamics().reference(rows.to("cuda"), LabelBank.from_labels(who), some(4, 0) % 60)
+
+
 def test_an_update_does_not_wait_for_the_gpu_more_often_for_more_images():
     rows, who = features(900, 64)
     labels, waits = who*3 + torch.randint(3, (900,), generator=torch.Generator().manual_seed(0)), []

@@ -35,7 +35,7 @@ from .configs import RunConfig, make_config, settled
 from .data import DataError, read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
-from .evaluation import adjusted_rand_index, evaluate, normalise_cameras
+from .evaluation import adjusted_rand_index, evaluate, homogeneity_completeness, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
 from .guard import collapse, silhouette
 from .images import ImageStore
@@ -616,6 +616,15 @@ def write_labels(self:Run):
     pd.DataFrame({"path": self.domain.train.paths, **levels}).to_csv(self.out/"pseudo_identities.csv", index=False)
     if self.changes: pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"]).to_parquet(self.out/"label_history.parquet", index=False)
 
+# %% ../nbs/21_training.ipynb #c266ef19
+@patch
+def purity(self:Run) -> dict: # homogeneity and completeness; empty where no identity is known
+    "Whether the top level's clusters hold one identity each, and identities lie in one cluster each."
+    identities = self.domain.train.identities
+    known = identities >= 0
+    found = homogeneity_completeness(self.trainer.label_bank.labels[-1][known], identities[known]) if self.domain.train.has_identities else ()
+    return dict(zip(("homogeneity", "completeness"), found))
+
 # %% ../nbs/21_training.ipynb #c266ef1a
 def surroundings(device) -> dict: # commit, versions, device, cores
     "Where and with what a run was made; nothing that names a machine or its user."
@@ -634,6 +643,7 @@ def record(self:Run) -> dict:
     "Everything needed to say where a figure comes from."
     t, command = self.trainer, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     last = {k: v for k, v in (t.history[-1] if t.history else {}).items() if k.startswith(("clusters", "ari", "singletons", "largest"))}
+    if t.label_bank is not None: last |= self.purity()
     counts = dict(train=len(self.domain.train), query=len(self.domain.query or []), gallery=len(self.domain.gallery or []), skipped=self.domain.skipped)
     weights = asdict(t.encoder.report) if t.encoder.report else self.config.weights
     return dict(command=command, config=asdict(self.config), weights=weights, seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),

@@ -46,7 +46,7 @@ def test_label_updates_are_the_same(gpu, form):
     labels = LabelBank.from_labels(who*3 + torch.randint(3, (900,), generator=torch.Generator().manual_seed(0))).labels
     for x in (rows, rows.bfloat16()):
         here, memory, there = LabelBank(labels), LabelBank(labels), LabelBank(labels.to("cuda"))
-        for batch in (some(64, seed) for seed in range(4)):
+        for batch in (some(64, seed) for seed in range(2)):
             one, two, three = FORMS[form](x, here, batch), FORMS[form](x.to("cuda"), memory, batch), FORMS[form](x.to("cuda"), there, batch.to("cuda"))
             assert vars(one) == vars(two) == vars(three)
         assert memory.labels.device.type == "cpu" and there.labels.device.type == "cuda"
@@ -81,7 +81,7 @@ def test_neighbours_and_scores_are_the_same(gpu):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method, source", [("hcd", True), ("hcd", False), ("spcl", True), ("odc", False), ("moco", False)])
+@pytest.mark.parametrize("method, source", [("hcd", True), ("spcl", True), ("odc", False), ("moco", False)])
 def test_training(gpu, world, tmp_path, method, source):  # noqa: F811
     words = [*TINY, "--method", method, "--target", str(world/"target"), "--pretrain", "2", "--iterations", "8", "--precision", "fp32", "--set", "n_classes=10", "--set", "epoch=4", *(["--source", str(world/"source")] if source else [])]
     config = configure(parser().parse_args(words))

@@ -261,7 +261,7 @@ def bench_step(device="cpu", n=12936, d=2048, encoder=None, size=None):
     out = []
     for precision in ("fp32",) if device == "cpu" else ("fp32", "bf16"):
         step = training_step(encoder, size, device, 64, precision)
-        out.append(ratio("label update, batch from images", update, f"{encoder}, {size[0]}x{size[1]}, 64 + 64, {precision}", step, .02, 15, device))
+        out.append(ratio("label update, batch from images", update, f"{encoder}, {size[0]}x{size[1]}, 64 + 64, {precision}", step, None if device == "cpu" else .02, 15, device))
     return out
 
 # %% ../nbs/70_benchmarks.ipynb #b4accd08

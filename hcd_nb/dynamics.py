@@ -519,8 +519,7 @@ def merge_level(self: ClusterDynamics,
     now = some, places, real, bank.index(h).count[labels]*real
     if below and all(map(torch.equal, now, below)): wanted = below[-1]
     else:
-        members = square_of(similarity, *(x.to(similarity.device) for x in (places, some)))
-        edges = merge_edges(members, real.to(members.device), self.mutual_k, self.cut)
+        edges = merge_edges(square_of(similarity, places, some), real, self.mutual_k, self.cut)
         wanted = real & self.would_join(features, bank.index(h), near[:, 0], labels, edges, similar)
     allowed = wanted & (bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]) if h + 1 < bank.n_levels else wanted
     return self.unite(bank, h, labels, allowed) if allowed.any() else 0, (*now, wanted)

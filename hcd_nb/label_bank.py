@@ -128,9 +128,10 @@ def members(self: LabelBank,
 @patch
 def class_index(self: LabelBank,
     h: int = -1, # level as an index: 0 finest, -1 coarsest
+    device: torch.device | str | None = None, # where the classes are wanted; where the bank is when None
 ) -> tuple[torch.Tensor, int]: # classes (N,) int64 in 0..C-1, numbered by first appearance; C
     "One level as contiguous classes"
-    return contiguous(self.labels[h])
+    return contiguous(self.labels[h].to(device or self.labels.device))
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-4
 @patch

@@ -56,11 +56,12 @@ def merge_candidates(
 # %% ../nbs/15_merge.ipynb #101f45f9
 def merge_edges(
     members: torch.Tensor, # (B, m, m) similarity between the nearest members
-    real: torch.Tensor, # (B, m) bool, from `merge_candidates`
+    real: torch.Tensor, # (B, m) bool, from `merge_candidates`, on any device
     mutual_k: int = 30, # edges only between mutual top-k members
     cut: float = .45, # edges only above this similarity of members
 ) -> torch.Tensor: # (B, m, m) bool
     "Which clusters of each neighbourhood are connected"
+    real = real.to(members.device)
     pairs = real[:, :, None] & real[:, None]
     return mutual_top_k(members.masked_fill(~pairs, -torch.inf), mutual_k, cut) & pairs
 
@@ -92,11 +93,12 @@ def reached(
 # %% ../nbs/15_merge.ipynb #1b3f9e13
 def square_of(
     square: torch.Tensor, # (B, k, k)
-    places: torch.Tensor, # (R, m) int64 rows, and the same columns
-    which: torch.Tensor | None = None, # (R,) int64 matrices that are meant; all when None
+    places: torch.Tensor, # (R, m) int64 rows, and the same columns, on any device
+    which: torch.Tensor | None = None, # (R,) int64 matrices that are meant, on any device; all when None
 ) -> torch.Tensor: # (R, m, m)
     "The rows and columns of each matrix that are named"
-    which = torch.arange(len(places), device=places.device) if which is None else which
+    places = places.to(square.device)
+    which = torch.arange(len(places), device=square.device) if which is None else which.to(square.device)
     return square[which[:, None, None], places[:, :, None], places[:, None]]
 
 # %% ../nbs/15_merge.ipynb #a13a864b

@@ -123,11 +123,11 @@ def update(self:ODC, t, batch):
     since = t.since_start()
     if since < 0: return {}
     if since % 100 == 0: t.take_views()
-    before, rows = t.label_bank.labels[-1].to(t.device), t.label_rows
-    labels, batch = before.clone(), torch.unique(batch)
+    labels, rows, batch = t.label_bank.labels[-1].to(t.device, copy=True), t.label_rows, torch.unique(batch)
     labels[batch] = nearest_class(rows[batch], self.centroids)
     labels, self.centroids = renew_small(rows, labels, self.centroids, self.least)
     if since % self.renew_every == 0: self.centroids = cluster_means(rows, labels, len(self.centroids))
-    changed = (labels != before).nonzero()[:, 0]
-    for h in range(t.label_bank.n_levels): t.label_bank.relabel(h, changed.cpu(), labels[changed].cpu())
+    labels = labels.cpu()
+    changed = (labels != t.label_bank.labels[-1]).nonzero()[:, 0]
+    for h in range(t.label_bank.n_levels): t.label_bank.relabel(h, changed, labels[changed])
     return {"moved": len(changed)/len(labels)}

@@ -35,11 +35,11 @@ from .configs import RunConfig, make_config, settled
 from .data import DataError, read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
-from .evaluation import adjusted_rand_index, evaluate, homogeneity_completeness, normalise_cameras
+from .evaluation import adjusted_rand_index, evaluate, label_quality, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
 from .guard import collapse, silhouette
 from .images import ImageStore
-from .label_bank import LabelBank, NoClusters, contiguous, draw_k_distances
+from .label_bank import LabelBank, NoClusters, draw_k_distances
 from .losses import contrastive_loss
 from .neighbors import recall
 from .processes import ShardedBank, ShardedRows, any_of, average_gradients, from_first, gathered, rank, share, shared_batch_norm, size
@@ -64,7 +64,7 @@ class Method(nn.Module):
     def first_labels(self, t, rows): # (N_t, d) rows to find labels in → LabelBank
         return t.dbscan_labels(rows)
     def centres(self, t, h=-1): # level → (C_t, d) its centres, (N_t,) int64 its classes; of the top: negatives of Eq. 1, and what batches are drawn by
-        classes, n_classes = t.classes(h)
+        classes, n_classes = t.label_bank.class_index(h, t.device)
         return cluster_means(t.feature_bank.target, classes, n_classes), classes
     def loss(self, t, centres, classes): # → loss, features (B, d) for the bank, batch (B,)
         finer = range(t.config.levels - 1) if t.config.loss_levels == "all" else ()
@@ -146,13 +146,6 @@ def named_method(name): # → class
 def since_start(self:Trainer): # → int
     "Iterations since the labels may move, negative before"
     return self.iteration - self.config.pretrain - self.config.label_start
-
-@patch
-def classes(self:Trainer,
-            h=-1, # level as an index: 0 finest, −1 coarsest
-            ): # → (N_t,) int64 in 0..C_t−1, next to the features; C_t
-    "A level of the label bank as contiguous classes"
-    return contiguous(self.label_bank.labels[h].to(self.device))
 
 # %% ../nbs/21_training.ipynb #dd7146dd
 def learning_rate(config,    # RunConfig
@@ -466,7 +459,7 @@ def watch(self:Run) -> dict: # clusters_h, ari_h per level; singletons and large
         row[f"clusters_{h + 1}"] = len(counts)
         if self.domain.train.has_identities: row[f"ari_{h + 1}"] = adjusted_rand_index(level[known], identities[known])
     if self.trainer.target_cameras is None and self.config.normalise_cameras: row["hidden_views"] = 0 if self.trainer.views is None else len(self.trainer.views.directions)
-    if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, self.trainer.classes()[0])
+    if self.trainer.iteration % 10 == 0: row["silhouette"] = silhouette(self.trainer.label_rows, bank.class_index(-1, self.trainer.device)[0])
     return {**row, "singletons": int((counts == 1).sum()), "largest": int(counts.max())}
 
 @patch
@@ -620,10 +613,9 @@ def write_labels(self:Run):
 @patch
 def purity(self:Run) -> dict: # homogeneity and completeness; empty where no identity is known
     "Whether the top level's clusters hold one identity each, and identities lie in one cluster each."
-    identities = self.domain.train.identities
-    known = identities >= 0
-    found = homogeneity_completeness(self.trainer.label_bank.labels[-1][known], identities[known]) if self.domain.train.has_identities else ()
-    return dict(zip(("homogeneity", "completeness"), found))
+    if not self.domain.train.has_identities: return {}
+    quality = label_quality(self.trainer.label_bank.labels[-1], self.domain.train.identities)
+    return {k: quality[k] for k in ("homogeneity", "completeness")}
 
 # %% ../nbs/21_training.ipynb #c266ef1a
 def surroundings(device) -> dict: # commit, versions, device, cores

@@ -65,5 +65,5 @@ class PretendedGPU(TorchFunctionMode):
         gpu = where[0].type == "cuda" if where else on_gpu(x)
         self.waits += on_gpu(x) and not gpu
         new = x.to(dtype[0]) if dtype else x
-        if new is x and gpu != on_gpu(x): new = x.clone()
+        if new is x and (gpu != on_gpu(x) or kwargs.get("copy")): new = x.clone()
         return new if new is x else marked(new, gpu)

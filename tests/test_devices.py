@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hcd_nb.benchmarks import features
+from hcd_nb.benchmarks import features, over_split
 from hcd_nb.command import configure, method_class, parser
 from hcd_nb.dynamics import ClusterDynamics
 from hcd_nb.evaluation import evaluate
@@ -43,7 +43,7 @@ FORMS = dict(default=ClusterDynamics(), paper=ClusterDynamics.paper(), sparse=Cl
 @pytest.mark.parametrize("form", FORMS)
 def test_label_updates_are_the_same(gpu, form):
     rows, who = features(900, 64)
-    labels = LabelBank.from_labels(who*3 + torch.randint(3, (900,), generator=torch.Generator().manual_seed(0))).labels
+    labels = over_split(who, torch.Generator().manual_seed(0)).labels
     for x in (rows, rows.bfloat16()):
         here, memory, there = LabelBank(labels), LabelBank(labels), LabelBank(labels.to("cuda"))
         for batch in (some(64, seed) for seed in range(2)):
@@ -60,10 +60,10 @@ def test_the_reference_wants_both_in_one_place(gpu):
 
 def test_an_update_does_not_wait_for_the_gpu_more_often_for_more_images():
     rows, who = features(900, 64)
-    labels, waits = who*3 + torch.randint(3, (900,), generator=torch.Generator().manual_seed(0)), []
+    labels, waits = over_split(who, torch.Generator().manual_seed(0)).labels, []
     with PretendedGPU() as mode:
         for images in (32, 64, 128, 256):
-            bank, mode.waits = LabelBank.from_labels(labels), 0
+            bank, mode.waits = LabelBank(labels), 0
             ClusterDynamics()(rows.to("cuda"), bank, some(images, 0))
             waits.append(mode.waits)
     assert max(waits) < 60, waits

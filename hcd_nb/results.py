@@ -39,11 +39,10 @@ class World:
 
 # %% ../nbs/40_results.ipynb #58433f23
 def embedded_world() -> World:
-    "The rendered pedestrians, and the default form of the version that made the records"
-    form = dict(scale="auto", join=.85, stay=False)
+    "The rendered pedestrians and a slim encoder"
     return World("embedded", {"target": "pedestrians/target", "source": "pedestrians/source"}, {"target": "pedestrians/target", "source": "pedestrians/source"},
-                 "demo", dict(form, pretrain=0, iterations=400, label_start=50, evaluate_every=400, save_every=200, on_collapse="continue"),
-                 start=dict(form, method="direct"), odc=dict(n_classes=140), slow=dict(ema=.99))
+                 "demo", dict(pretrain=0, iterations=400, label_start=50, evaluate_every=400, save_every=200, on_collapse="continue"),
+                 start=dict(method="direct"), odc=dict(n_classes=140), slow=dict(ema=.99))
 
 def resnet50_world() -> World:
     "The rendered pedestrians at 256×128, ResNet-50 from ImageNet weights, a tenth of the paper's schedule"

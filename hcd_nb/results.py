@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['PUBLISHED_AS', 'ALPHAS', 'VARIANTS', 'TABLES', 'METRICS', 'World', 'embedded_world', 'resnet50_world', 'market_world',
            'Planned', 'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1', 'from_scratch',
-           's_table_sweep', 'claims', 'runs_of', 'find_records', 'differences', 'published', 'figures', 'cell_rows',
-           'long_table', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars', 'draw_table',
-           'write_table']
+           's_table_sweep', 'claims', 'runs_of', 'find_records', 'unread', 'differences', 'published', 'figures',
+           'cell_rows', 'long_table', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars',
+           'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .configs import make_config, settled
+from .configs import BankConfig, RunConfig, make_config, settled
 from .data import embedded_root
 
 # %% ../nbs/40_results.ipynb #922b19a9
@@ -187,6 +187,15 @@ def find_records(
     if folder: files |= {f.parent.name: f for f in sorted((Path(folder)/world.name).glob("*/record.json"))}
     return {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items()}
 
+# %% ../nbs/40_results.ipynb #226d43f9
+def unread(
+    config, # RunConfig
+) -> set:   # of names
+    "Settings that make no difference to such a run"
+    names = lambda c: {f.name for f in fields(c)}
+    if config.method != "hcd": return names(RunConfig) - names(BankConfig)
+    return {"scale", "stay", "confirm", "join"} if config.dynamics == "paper" else set()
+
 # %% ../nbs/40_results.ipynb #a8811255
 def differences(
     record, # dict
@@ -194,9 +203,9 @@ def differences(
     run,    # Planned
 ) -> list:  # of str, empty where the record is that of the plan
     "Settings in which a record is not what is planned"
-    c = asdict(settled(make_config(world.preset, **run.settings)))
-    had = record["config"]
-    return [f"{k}: {had[k]}, planned {v}" for k, v in c.items() if k in had and k not in ("source", "target", "weights", "precision", "label_history") and had[k] != v]
+    config = settled(make_config(world.preset, **run.settings))
+    had, free = record["config"], {"source", "target", "weights", "precision", "label_history"} | unread(config)
+    return [f"{k}: {had[k]}, planned {v}" for k, v in asdict(config).items() if k in had and k not in free and had[k] != v]
 
 # %% ../nbs/40_results.ipynb #a869a311
 METRICS = ("mAP", "R1", "R5", "camera-normalised mAP", "label ARI")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['everything', 'SITUATIONS', 'RADII', 'FORMS', 'DRIFTS', 'World', 'identities', 'gaussians', 'world', 'best_dbscan',
-           'starts', 'batches', 'run', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows', 'dbscan_row',
-           'measure', 'measure_drift', 'main']
+           'starts', 'batches', 'run', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows',
+           'dbscan_rows', 'measure', 'measure_drift', 'main']
 
 # %% ../nbs/24_situations.ipynb #05c34f22
 import argparse, json, time
@@ -190,9 +190,10 @@ def add_rows(file, rows):
     "Append rows to a table, which is made if need be"
     pd.DataFrame(rows).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5f')
 
-def dbscan_row(common, form, ari, by_eps):
-    "A row of the table for the DBSCAN of hindsight"
-    return dict(common, form=form, start=f'eps {max(by_eps, key=by_eps.get)}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.)
+def dbscan_rows(common, form, by_eps, every=False):
+    "Rows of the table for DBSCAN, with the radius of hindsight or with every one"
+    rows = [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]
+    return rows if every else [max(rows, key=lambda row: row['ari'])]
 
 def measure(folder, n, seeds, forms):
     "Every situation, start and form that is not in the table yet"
@@ -200,12 +201,13 @@ def measure(folder, n, seeds, forms):
     done = set(map(tuple, pd.read_csv(file)[['situation', 'seed', 'form']].to_numpy().tolist())) if file.exists() else set()
     for seed in seeds:
         for name, dials in SITUATIONS.items():
-            missing, common = [form for form in ('DBSCAN', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
+            missing, common = [form for form in ('DBSCAN', 'DBSCAN, each radius', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
             if not missing: continue
             w = world(n, seed=seed, **dials)
-            clean, (found, *best) = without_views(w), best_dbscan(w)
-            if 'DBSCAN' in missing: add_rows(file, [dbscan_row(common, 'DBSCAN', *best)] + ([] if clean is w else [dbscan_row(common, 'DBSCAN, views out', *best_dbscan(clean)[1:])]))
-            for form in missing[missing[0] == 'DBSCAN':]:
+            clean, (found, _, by_eps) = without_views(w), best_dbscan(w)
+            if 'DBSCAN' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN', by_eps) + ([] if clean is w else dbscan_rows(common, 'DBSCAN, views out', best_dbscan(clean)[2])))
+            if 'DBSCAN, each radius' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN, each radius', by_eps, every=True))
+            for form in (form for form in missing if form in FORMS):
                 shown = clean if FORMS[form].scale else w
                 reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
                 add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
@@ -225,7 +227,7 @@ def main(argv=None):
     p = argparse.ArgumentParser('hcd_situations', description='Label dynamics in hard situations.')
     p.add_argument('--images', type=int, nargs='*', default=[2000], help='sizes of the bank')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--forms', nargs='+', default=list(FORMS), choices=list(FORMS))
+    p.add_argument('--forms', nargs='*', default=list(FORMS), choices=list(FORMS))
     p.add_argument('--drift', action='store_true', help='also simulate training runs')
     p.add_argument('--infrared', metavar='FOLDER', help='only write the pictures with cameras at night there, for hcd_train')
     p.add_argument('--out', default='data/runs/situations')
@@ -236,7 +238,7 @@ def main(argv=None):
     for n in args.images: measure(folder, n, args.seeds, args.forms)
     if args.drift: measure_drift(folder, args.seeds)
     options = {name: vars(rule) for name, rule in FORMS.items()}
-    command = ' '.join(f'--{k} {" ".join(map(str, v))}' for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms)) if v) + ' --drift'*args.drift
+    command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms))) + ' --drift'*args.drift
     entry = dict(command=f'hcd_situations {command}', forms=options, **surroundings('cpu'), date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
     file = folder/'record.json'
     runs = json.loads(file.read_text()) if file.exists() else []

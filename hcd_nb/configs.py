@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'CHOICES', 'Config', 'BankConfig', 'RunConfig', 'converted
 import difflib
 from dataclasses import asdict, dataclass, fields, replace
 import torch
+from .dynamics import OPTIONS
 from .neighbors import check_index
 
 # %% ../nbs/20_configs.ipynb #610620fe
@@ -114,8 +115,8 @@ def make_config(preset="full",  # name in PRESETS
     return RunConfig(**{name: converted(name, value, types) for name, value in {**PRESETS[preset], **changes}.items()})
 
 # %% ../nbs/20_configs.ipynb #53e4714d
-CHOICES = dict(method=("hcd", "dbscan", "spcl", "odc", "moco", "byol", "instance", "direct", "oracle"), on_collapse=("stop", "reinit", "continue"), precision=("auto", "fp32", "bf16"), dynamics=("default", "paper"), scale=("spread", "auto"),
-               neighbour=("propagated", "nearest"), node0=("sample", "centre"), anchors=("farthest", "random", "density"), loss_levels=("top", "all"))
+CHOICES = dict(method=("hcd", "dbscan", "spcl", "odc", "moco", "byol", "instance", "direct", "oracle"), on_collapse=("stop", "reinit", "continue"), precision=("auto", "fp32", "bf16"), dynamics=("default", "paper"), loss_levels=("top", "all"),
+               **{name: tuple(filter(None, known)) for name, known in OPTIONS.items() if hasattr(RunConfig, name)})
 
 def check_config(config):
     "Raise ValueError for settings that exclude a run"

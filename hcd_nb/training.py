@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'dynamics_of', 'Method', 'HCD', 'PerEpoch', 'Oracle', 'Instance', 'Trainer', 'named_method',
            'learning_rate', 'pack', 'unpack', 'write_whole', 'save_checkpoint', 'load_checkpoint', 'interruptible',
-           'evaluate_encoder', 'retrieval', 'Run', 'LabelsCollapsed', 'status', 'surroundings', 'train']
+           'evaluate_encoder', 'retrieval', 'surroundings', 'Run', 'LabelsCollapsed', 'status', 'train']
 
 # %% ../nbs/21_training.ipynb #a70a506a
 import json
@@ -426,6 +426,19 @@ def retrieval(features, sets):
     s = evaluate(features["query"], q.identities, q.cameras, features["gallery"], g.identities, g.cameras)
     return dict(mAP=s.mAP, mINP=s.mINP, **{f"R{k}": s.rank(k) for k in (1, 5, 10)})
 
+# %% ../nbs/21_training.ipynb #21d0de00-30
+def surroundings(device) -> dict: # commit, versions, device, cores
+    "Where and with what a run was made; nothing that names a machine or its user."
+    git = lambda *a: subprocess.run(["git", *a], cwd=hcd_nb.__path__[0], capture_output=True, text=True).stdout.strip()
+    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError: commit = ""
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__}
+    with suppress(ImportError):
+        import faiss
+        versions["faiss"] = faiss.__version__ + (" with GPUs" if getattr(faiss, "get_num_gpus", int)() else "")
+    return dict(commit=commit, versions=versions, device=gpu or str(device), processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), processes=size())
+
 # %% ../nbs/21_training.ipynb #a9aa4b40
 class Run:
     "A training run and its folder."
@@ -618,18 +631,6 @@ def purity(self:Run) -> dict: # homogeneity and completeness; empty where no ide
     return {k: quality[k] for k in ("homogeneity", "completeness")}
 
 # %% ../nbs/21_training.ipynb #c266ef1a
-def surroundings(device) -> dict: # commit, versions, device, cores
-    "Where and with what a run was made; nothing that names a machine or its user."
-    git = lambda *a: subprocess.run(["git", *a], cwd=hcd_nb.__path__[0], capture_output=True, text=True).stdout.strip()
-    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except OSError: commit = ""
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__}
-    with suppress(ImportError):
-        import faiss
-        versions["faiss"] = faiss.__version__ + (" with GPUs" if getattr(faiss, "get_num_gpus", int)() else "")
-    return dict(commit=commit, versions=versions, device=gpu or str(device), processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), processes=size())
-
 @patch
 def record(self:Run) -> dict:
     "Everything needed to say where a figure comes from."

@@ -233,13 +233,13 @@ def main(argv=None):
     p.add_argument('--out', default='data/runs/situations')
     args = p.parse_args(argv)
     if args.infrared: return write_infrared(args.infrared)
-    folder, began = Path(args.out), time.perf_counter()
+    folder, began, where = Path(args.out), time.perf_counter(), surroundings('cpu')
     folder.mkdir(parents=True, exist_ok=True)
     for n in args.images: measure(folder, n, args.seeds, args.forms)
     if args.drift: measure_drift(folder, args.seeds)
     options = {name: vars(rule) for name, rule in FORMS.items()}
     command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms))) + ' --drift'*args.drift
-    entry = dict(command=f'hcd_situations {command}', forms=options, **surroundings('cpu'), date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
+    entry = dict(command=f'hcd_situations {command}', forms=options, **where, date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
     file = folder/'record.json'
     runs = json.loads(file.read_text()) if file.exists() else []
     file.write_text(json.dumps(runs + [entry], indent=1) + '\n')

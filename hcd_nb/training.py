@@ -37,7 +37,7 @@ from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
 from .evaluation import adjusted_rand_index, evaluate, label_quality, normalise_cameras
 from .feature_bank import FeatureBank, cluster_means
-from .guard import collapse, silhouette
+from .guard import collapse, silhouette, silhouettes
 from .images import ImageStore
 from .label_bank import LabelBank, NoClusters, draw_k_distances
 from .losses import contrastive_loss
@@ -606,20 +606,23 @@ def finish(self:Run):
         self.score("after" if t.label_bank is not None else "direct transfer")
         self.seconds += time.perf_counter() - began
     self.save()
+    placed = None if t.label_bank is None else silhouettes(t.label_rows, t.label_bank.class_index(-1, t.device)[0], torch.arange(len(t.target), device=t.device))
     if rank(): return
     save_encoder(one_domain(t.encoder, t.target_domain if t.label_bank is not None else 0), self.out/"encoder.safetensors")
     pd.DataFrame(self.evaluations).to_csv(self.out/"evaluations.csv", index=False)
     pd.DataFrame(t.history).to_parquet(self.out/"history.parquet", index=False)
-    if t.label_bank is not None: self.write_labels()
+    if placed is not None: self.write_labels(placed)
     (self.out/"record.json").write_text(json.dumps(self.record(), indent=1) + "\n")
 
 @patch
-def write_labels(self:Run):
+def write_labels(self:Run,
+                 placed, # (N_t,) in -1..1, silhouettes at the top level
+                 ):
     "The label bank as safetensors, and as a table a person can open."
     labels = self.trainer.label_bank.labels.contiguous()
     write_whole(self.out/"label_bank.safetensors", lambda part: save_file({"labels": labels}, part))
     levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
-    pd.DataFrame({"path": self.domain.train.paths, **levels}).to_csv(self.out/"pseudo_identities.csv", index=False)
+    pd.DataFrame({"path": self.domain.train.paths, **levels, "silhouette": placed.cpu().numpy().round(3)}).to_csv(self.out/"pseudo_identities.csv", index=False)
     if self.changes: pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"]).to_parquet(self.out/"label_history.parquet", index=False)
 
 # %% ../nbs/21_training.ipynb #c266ef19

@@ -106,7 +106,7 @@ def test_crops_without_identities_train_and_report_clusters(tmp_path):
     assert code == 0, err
     assert "nothing to score" in out
     table = pd.read_csv(tmp_path/"run"/"pseudo_identities.csv")
-    assert len(table) == 80 and {"path", "level_1", "level_2", "level_3"} <= set(table)
+    assert len(table) == 80 and {"path", "level_1", "level_2", "level_3"} <= set(table) and table["silhouette"].between(-1, 1).all()
 
 
 @pytest.mark.timeout(600)

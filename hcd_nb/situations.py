@@ -195,6 +195,7 @@ def dbscan_rows(common, form, by_eps, every=False):
     rows = [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]
     return rows if every else [max(rows, key=lambda row: row['ari'])]
 
+# %% ../nbs/24_situations.ipynb #24f1d0d1
 def measure(folder, n, seeds, forms):
     "Every situation, start and form that is not in the table yet"
     file = folder/f'situations_{n}.csv'
@@ -212,6 +213,7 @@ def measure(folder, n, seeds, forms):
                 reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
                 add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
 
+# %% ../nbs/24_situations.ipynb #24f1d0d2
 def measure_drift(folder, seeds):
     "Every simulated run that is not in the table yet"
     file = folder/'drift.csv'

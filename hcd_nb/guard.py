@@ -29,15 +29,18 @@ def among_centres(
 def silhouettes(
     features: torch.Tensor, # (N, d) unit rows
     labels: torch.Tensor, # (N,) int64 clusters, 0..n-1, each with a member
-    images: torch.Tensor, # (m,) int64 images to look at
+    images: torch.Tensor, # (m,) int64 images to look at, where the labels are
     tile: int = 1024, # images at a time
 ) -> torch.Tensor: # (m,) in -1..1; all 0 where there is one cluster only
     "The silhouette of some images among all clusters, by cosine distance"
     size = labels.bincount()
-    if len(size) == 1: return torch.zeros(len(images), device=labels.device)
+    found, some = torch.zeros(len(images), device=labels.device), size[labels[images]] > 1
+    if len(size) == 1 or not some.any(): return found
     centres = cluster_means(features, labels, len(size))
-    return torch.cat([among_centres(features[some], labels[some], centres, size) for some in images.split(tile)])
+    found[some] = torch.cat([among_centres(features[part], labels[part], centres, size) for part in images[some].split(tile)]).to(found.dtype)
+    return found
 
+# %% ../nbs/19_guard.ipynb #19a0d006
 def silhouette(
     features: torch.Tensor, # (N, d) unit rows
     labels: torch.Tensor, # (N,) int64 clusters, 0..n-1, each with a member

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .configs import BankConfig, RunConfig, make_config, settled
+from .configs import DEFAULT_FORM, BankConfig, RunConfig, make_config, settled
 from .data import embedded_root
 
 # %% ../nbs/40_results.ipynb #922b19a9
@@ -194,7 +194,7 @@ def unread(
     "Settings that make no difference to such a run"
     names = lambda c: {f.name for f in fields(c)}
     if config.method != "hcd": return names(RunConfig) - names(BankConfig)
-    return {"scale", "stay", "confirm", "join"} if config.dynamics == "paper" else set()
+    return set(DEFAULT_FORM) if config.dynamics == "paper" else set()
 
 # %% ../nbs/40_results.ipynb #a8811255
 def differences(

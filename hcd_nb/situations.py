@@ -208,7 +208,7 @@ def measure(folder, n, seeds, forms):
             clean, (found, _, by_eps) = without_views(w), best_dbscan(w)
             if 'DBSCAN' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN', by_eps) + ([] if clean is w else dbscan_rows(common, 'DBSCAN, views out', best_dbscan(clean)[2])))
             if 'DBSCAN, each radius' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN, each radius', by_eps, every=True))
-            for form in (form for form in missing if form in FORMS):
+            for form in filter(FORMS.get, missing):
                 shown = clean if FORMS[form].scale else w
                 reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
                 add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])

@@ -31,7 +31,7 @@ from tqdm import tqdm
 # %% ../nbs/21_training.ipynb #143a2ade
 import hcd_nb
 from .augmentation import augment, jitter, normalise_images
-from .configs import RunConfig, make_config, settled
+from .configs import DEFAULT_FORM, RunConfig, make_config, settled
 from .data import DataError, read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
@@ -53,7 +53,7 @@ def dynamics_of(config, # RunConfig
     names = ("alpha_s", "alpha_m", "sigma", "n_anchors", "n_neighbours", "cut", "neighbour", "node0", "anchors", "splits", "merges")
     same = {name: getattr(config, name) for name in names}
     same |= {k: getattr(config, k) for k in ("mutual_k", "nn_mutual_k") if getattr(config, k)}
-    return ClusterDynamics.paper(**same) if config.dynamics == "paper" else ClusterDynamics(**same, stay=config.stay, scale=config.scale, confirm=config.confirm, join=config.join)
+    return ClusterDynamics.paper(**same) if config.dynamics == "paper" else ClusterDynamics(**same, **{name: getattr(config, name) for name in DEFAULT_FORM})
 
 # %% ../nbs/21_training.ipynb #55bbc4f4
 class Method(nn.Module):

@@ -13,7 +13,6 @@ import torch
 # %% ../nbs/03_augmentation.ipynb #f2605794
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 
-# %% ../nbs/03_augmentation.ipynb #1c45535f
 def normalise_images(
     images: torch.Tensor, # (B, 3, h, w) uint8
 ) -> torch.Tensor: # (B, 3, h, w) float32

@@ -244,6 +244,7 @@ def loading_work(paths, size, device, batch=64):
         for _ in range(2): normalise_images(augment(store[torch.randint(len(paths), (batch,), generator=g)].to(device), g))
     return (lambda: ImageStore(paths[:2*batch], size).load()), batches
 
+# %% ../nbs/70_benchmarks.ipynb #fc4d90c9
 def bench_loading(device="cpu", encoders=(("resnet10s", (64, 32)), ("resnet50", (256, 128)))):
     "Pictures against the encoder"
     import tempfile

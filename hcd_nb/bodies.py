@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENDER_HINT', 'HATS', 'BAGS', 'WORN', 'STYLES_OF_HAIR', 'LAYERS', 'renderer_available', 'need_renderer',
-           'mesh_groups', 'Body', 'coefficients', 'shape_body', 'load_body', 'bone_share', 'along', 'Regions',
+           'mesh_groups', 'Body', 'coefficients', 'load_body', 'shape_body', 'bone_share', 'along', 'Regions',
            'regions', 'shirt', 'trousers', 'shoes', 'jacket', 'skirt', 'scalp', 'unit', 'collector', 'vertex_normals',
            'ball', 'Part', 'paint_coordinates', 'cut_part', 'solid', 'Garment', 'Person', 'layer_of', 'garment_parts',
            'head_box', 'hair_solids', 'hair_parts', 'hat_parts', 'bag_parts', 'skin_part', 'Dressed', 'join',
@@ -52,7 +52,7 @@ class Body:
     rest: np.ndarray       # (n_vertices, 3) metres, every phenotype at its middle
     heads: np.ndarray      # (n_bones, 3) the joints of that body
 
-# %% ../nbs/02_bodies.ipynb #8a321d0e
+# %% ../nbs/02_bodies.ipynb #f4cdee77
 def coefficients(
     model, # the anny model
     phenotypes: dict, # name -> value 0..1; what is missing is .5
@@ -62,16 +62,6 @@ def coefficients(
     _, p, local, face = model.get_tensor_inputs(None, {k: float(v) for k, v in phenotypes.items()}, None, None)
     return model._get_phenotype_blendshape_coefficients(p, local, face).to(torch.float64)
 
-def shape_body(
-    phenotypes: dict, # name -> value 0..1; what is missing is .5
-) -> tuple: # (V, 3) vertices and (J, 3) joints, metres
-    "Rest vertices and joints of one body."
-    import torch
-    body = load_body()
-    with torch.no_grad(): rest = body.model.get_rest_model(coefficients(body.model, phenotypes))
-    return rest['rest_vertices'][0].numpy(), rest['rest_bone_heads'][0].numpy()
-
-# %% ../nbs/02_bodies.ipynb #f4cdee77
 @functools.lru_cache(maxsize=1)
 def load_body() -> Body:
     "Loads the body once a process (the very first time on a machine takes over a minute, then it is cached)."
@@ -87,6 +77,16 @@ def load_body() -> Body:
     with torch.no_grad(): rest = model.get_rest_model(coefficients(model, {}))
     return Body(model, mesh_groups(), weights, {b: i for i, b in enumerate(model.bone_labels)}, model.bone_parents,
                 rest['rest_vertices'][0].numpy(), rest['rest_bone_heads'][0].numpy())
+
+# %% ../nbs/02_bodies.ipynb #8a321d0e
+def shape_body(
+    phenotypes: dict, # name -> value 0..1; what is missing is .5
+) -> tuple: # (V, 3) vertices and (J, 3) joints, metres
+    "Rest vertices and joints of one body."
+    import torch
+    body = load_body()
+    with torch.no_grad(): rest = body.model.get_rest_model(coefficients(body.model, phenotypes))
+    return rest['rest_vertices'][0].numpy(), rest['rest_bone_heads'][0].numpy()
 
 # %% ../nbs/02_bodies.ipynb #559295f5
 def bone_share(

@@ -61,6 +61,7 @@ def loss(self:BYOL, t, centres, classes):
     with torch.no_grad(): z = [self.slow_projector(t.features(v, t.target_domain, self.slow_encoder)) for v in views]
     return distance(p[0], z[1]) + distance(p[1], z[0]), gathered(features[0].detach()), batch.to(t.device)
 
+# %% ../nbs/33_byol.ipynb #b1f5d1bc
 @patch
 def update(self:BYOL, t, batch):
     "The slow copy follows"

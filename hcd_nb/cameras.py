@@ -7,7 +7,7 @@ __all__ = ['PIXEL', 'WALLS', 'STYLES', 'IN_THE_WAY', 'OCCLUDERS', 'seeded', 'lin
            'paint_ground', 'ground_of', 'shade_of', 'openings', 'wall_facade', 'wall_shop', 'wall_concrete',
            'wall_green', 'wall_fence', 'wall_cars', 'wall_hall', 'paint_wall', 'Style', 'Camera', 'sample_spots',
            'sample_light', 'sample_balance', 'sample_exposure', 'sample_camera', 'view_axes', 'project', 'crop_rays',
-           'look_up', 'backdrop', 'pole', 'railing', 'board', 'bush', 'bicycle', 'crate', 'over', 'occlude', 'develop']
+           'look_up', 'backdrop', 'over', 'pole', 'railing', 'board', 'bush', 'bicycle', 'crate', 'occlude', 'develop']
 
 # %% ../nbs/02_cameras.ipynb #110a8502
 import functools
@@ -270,7 +270,6 @@ class Style:
     grounds: tuple
     walls: tuple
 
-# %% ../nbs/02_cameras.ipynb #1db2e4c6
 STYLES = {
     'source': Style('source', 1, .0, (.6, 3.5), (1., .97, .93), .05, (.004, .010), (.65, 1.), .15, .15, .3, .4,
                     ('slabs', 'asphalt', 'brick', 'grass', 'concrete'), ('facade', 'hedge', 'shop', 'fence', 'trees')),
@@ -434,6 +433,17 @@ def backdrop(
     colour[~low] = look_up(camera.wall, (p[~low, 0] + 15)/PIXEL, p[~low, 2]/PIXEL)
     return colour, distance, np.where(low[:, None], np.float32([0, 0, 1]), np.float32([0, -1, 0]))
 
+# %% ../nbs/02_cameras.ipynb #13af20ae
+def over(
+    draw_on, # draws on (draw, width, height)
+    size, # height and width of a crop, pixels
+    scale=3, # how much finer it is drawn
+) -> np.ndarray: # (h, w, 1) 0..1
+    "Draws a mask with PIL at three times the size; returns it smoothed, 0..1."
+    mask = Image.new('L', (size[1]*scale, size[0]*scale), 0)
+    draw_on(ImageDraw.Draw(mask), size[1]*scale, size[0]*scale)
+    return np.asarray(mask.resize((size[1], size[0]), Image.BOX), np.float32)[:, :, None]/255
+
 # %% ../nbs/02_cameras.ipynb #3ae91947
 def pole(rng, draw, w, h):
     "A lamp post or tree trunk."
@@ -475,20 +485,9 @@ def crate(rng, draw, w, h):
     top, a, b = rng.uniform(.62, .85)*h, rng.uniform(-.3, .4)*w, rng.uniform(.6, 1.4)*w
     draw.rounded_rectangle([a, top, b, h*1.1], rng.uniform(.02, .15)*w, fill=255)
 
-# %% ../nbs/02_cameras.ipynb #13af20ae
+# %% ../nbs/02_cameras.ipynb #4023ecf0
 OCCLUDERS = {'pole': pole, 'railing': railing, 'bush': bush, 'bicycle': bicycle, 'crate': crate, 'board': board}
 
-def over(
-    draw_on, # draws on (draw, width, height)
-    size, # height and width of a crop, pixels
-    scale=3, # how much finer it is drawn
-) -> np.ndarray: # (h, w, 1) 0..1
-    "Draws a mask with PIL at three times the size; returns it smoothed, 0..1."
-    mask = Image.new('L', (size[1]*scale, size[0]*scale), 0)
-    draw_on(ImageDraw.Draw(mask), size[1]*scale, size[0]*scale)
-    return np.asarray(mask.resize((size[1], size[0]), Image.BOX), np.float32)[:, :, None]/255
-
-# %% ../nbs/02_cameras.ipynb #4023ecf0
 def occlude(
     image, # linear light (h, w, 3)
     kind, # a name of OCCLUDERS

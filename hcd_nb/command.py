@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from shlex import quote
 
 # %% ../nbs/39_command.ipynb #3fbe8dc2
 SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrain", "iterations", "test_share", "on_collapse", "bn_group", "precision")
@@ -60,7 +61,7 @@ def opening_words(run) -> list: # of str
 
 def closing_words(run, words): # training.Run, the table
     "What a user is told at the end."
-    if not run.done: return f"Stopped after {run.trainer.iteration} iterations; everything is saved. To go on: hcd_train --resume {run.out}"
+    if not run.done: return f"Stopped after {run.trainer.iteration} iterations; everything is saved. To go on: hcd_train --resume {quote(str(run.out))}"
     where = f"Encoder, pseudo-identities, curves and record: {run.out}/  ({run.seconds/60:.1f} minutes)"
     if not words: return f"No identities are known, so there is nothing to score.\n{where}"
     return f"Target test pictures, per cent; 'cam': each camera's mean removed from the features\n{words}\n\n{where}"
@@ -82,7 +83,7 @@ def start(args):
     from hcd_nb.training import train
     out = args.resume or args.out or f"runs/{config.method}-{config.seed}"
     if not args.resume and (Path(out)/"checkpoint.safetensors").exists():
-        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another folder with --out.")
+        raise ValueError(f"{out} holds a run already: continue it with --resume {quote(str(out))}, or choose another folder with --out.")
     with started(device) as device:
         if rank() == 0: print(f"{config.target}{' from ' + config.source if config.source else ''}: {config.encoder} at {config.height}×{config.width} on {device}, "
                               f"{config.pretrain:,} + {config.iterations:,} iterations{f', {size()} processes' if size() > 1 else ''}", flush=True)

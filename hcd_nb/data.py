@@ -138,13 +138,14 @@ def read_folder(
 
 # %% ../nbs/01_data.ipynb #39060bb2
 def _csv_columns(file, doctor):
-    try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', skipinitialspace=True)
+    try: t = pd.read_csv(file, header=None, dtype=str, encoding='utf-8-sig', skipinitialspace=True)
     except (ValueError, OSError) as e: doctor.refuse(f'not a readable table ({str(e).strip().splitlines()[0]})', 'save it as comma-separated UTF-8 text with a header')
-    t.columns = [str(c).strip().lower() for c in t.columns]
+    t.columns = [str(c).strip().lower() for c in t.iloc[0]]
+    t, known = t[1:], ('path', 'identity', 'camera', 'split')
     if 'path' not in t: doctor.refuse(f'no column named path among {list(t.columns)}', 'the header needs path, and may have identity, camera, split, separated by commas')
-    if t.columns.duplicated().any(): doctor.refuse(f'two columns named {t.columns[t.columns.duplicated()][0]}', 'keep one of them')
+    if twice := [c for c in known if (t.columns == c).sum() > 1]: doctor.refuse(f'two columns named {twice[0]}', 'keep one of them')
     if not len(t): doctor.refuse('no rows', 'list at least 16 images')
-    return {c: [v if isinstance(v, str) else None for v in t[c]] if c in t else [None] * len(t) for c in ('path', 'identity', 'camera', 'split')}
+    return {c: [v if isinstance(v, str) else None for v in t[c]] if c in t else [None] * len(t) for c in known}
 
 # %% ../nbs/01_data.ipynb #5b1ba94b
 def read_csv(

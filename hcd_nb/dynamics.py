@@ -83,6 +83,7 @@ def paper(cls: ClusterDynamics,
     "The paper's form, as the authors' code has it"
     return cls(**{**dict(mutual_k=30, nn_mutual_k=20, min_split_units=3, min_split_samples=5, split_cut=None, stay=False, scale=None, confirm=None, join=None), **options})
 
+# %% ../nbs/16_dynamics.ipynb #c3fdcb4c
 OPTIONS = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'), centres=('mean', 'unit'), scale=('spread', 'auto', None))
 
 @patch
@@ -123,6 +124,7 @@ def read_images(self: ClusterDynamics, levels, b, r):
     "Reach of images, and their spread where the `scale` of the options asks for it"
     return torch.stack([reach_of(levels, r), spread_of(levels, b)][:self.readings])
 
+# %% ../nbs/16_dynamics.ipynb #292929d0
 @patch
 def measure(self: ClusterDynamics,
     features: torch.Tensor, # (N, d) unit rows
@@ -134,6 +136,7 @@ def measure(self: ClusterDynamics,
     b, loudest, r, _ = calibrate(features, *neighbourhood(features, some, k))
     return torch.cat([self.read_images(kin_levels(neighbourhood(features, part, k)[1], b, loudest), b, r) for part in every.split(256)], 1)
 
+# %% ../nbs/16_dynamics.ipynb #ce85524e
 @patch
 def read_scale(self: ClusterDynamics, features, bank, near, cosines, batch):
     "From cosine to similarity, by the `scale` of the options; reach and spread of the batch are measured anew"
@@ -248,6 +251,26 @@ def split_one_by_one(self: ClusterDynamics,
             came_off += n
     return came_off
 
+# %% ../nbs/16_dynamics.ipynb #fb6e1bdc-6
+@patch
+def unite(self: ClusterDynamics,
+    bank: LabelBank, # changed in place
+    h: int, # level as an index
+    labels: torch.Tensor, # (B, m) int64 labels of the clusters, each image's own first
+    wanted: torch.Tensor, # (B, m) bool, those that the first one joins
+) -> int: # clusters that disappeared
+    "Join clusters"
+    row, column = wanted.nonzero().T
+    names, (a, b) = torch.unique(torch.stack([labels[row, 0], labels[row, column]]), return_inverse=True)
+    lists = bank.index(h)
+    order = lists.pool[lists.start[names]].argsort()
+    names, rank = names[order], order.argsort()
+    root = join(len(names), rank[a], rank[b])
+    gone = root != torch.arange(len(names), device=root.device)
+    images, length = lists.of(names[gone])
+    bank.relabel(h, images, names[root[gone]].repeat_interleave(length))
+    return int(gone.sum())
+
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-5
 @patch
 def merge_whole(self: ClusterDynamics,
@@ -272,26 +295,6 @@ def merge_whole(self: ClusterDynamics,
     if self.join is not None: wanted &= links >= self.join
     if h + 1 < bank.n_levels: wanted &= bank.labels[h + 1][found] == bank.labels[h + 1][near[:, :1]]
     return self.unite(bank, h, bank.labels[h][found], wanted)
-
-# %% ../nbs/16_dynamics.ipynb #fb6e1bdc-6
-@patch
-def unite(self: ClusterDynamics,
-    bank: LabelBank, # changed in place
-    h: int, # level as an index
-    labels: torch.Tensor, # (B, m) int64 labels of the clusters, each image's own first
-    wanted: torch.Tensor, # (B, m) bool, those that the first one joins
-) -> int: # clusters that disappeared
-    "Join clusters"
-    row, column = wanted.nonzero().T
-    names, (a, b) = torch.unique(torch.stack([labels[row, 0], labels[row, column]]), return_inverse=True)
-    lists = bank.index(h)
-    order = lists.pool[lists.start[names]].argsort()
-    names, rank = names[order], order.argsort()
-    root = join(len(names), rank[a], rank[b])
-    gone = root != torch.arange(len(names), device=root.device)
-    images, length = lists.of(names[gone])
-    bank.relabel(h, images, names[root[gone]].repeat_interleave(length))
-    return int(gone.sum())
 
 # %% ../nbs/16_dynamics.ipynb #57a7c0de-1
 def own_and_other(

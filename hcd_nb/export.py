@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from shlex import quote
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -31,7 +32,7 @@ def run_file(
     run = Path(run)
     if run.is_file(): return run
     if not run.is_dir(): raise DataError(f'there is no run {run}: give the folder that hcd_train wrote, or its encoder.safetensors')
-    if not (run / 'encoder.safetensors').is_file(): raise DataError(f'{run} holds no encoder.safetensors: hcd_train writes it when a run has come to its end; continue it with hcd_train --resume {run}')
+    if not (run / 'encoder.safetensors').is_file(): raise DataError(f'{run} holds no encoder.safetensors: hcd_train writes it when a run has come to its end; continue it with hcd_train --resume {quote(str(run))}')
     return run / 'encoder.safetensors'
 
 # %% ../nbs/26_export.ipynb #d541b838

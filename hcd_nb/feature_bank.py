@@ -138,7 +138,6 @@ def state_dict(self: FeatureBank) -> dict[str, torch.Tensor]: # rows, n_source, 
     "The bank as tensors"
     return {'rows': self.rows.clone(), 'n_source': torch.tensor(self.n_source), 'momentum': torch.tensor(self.momentum, dtype=torch.float64)}
 
-# %% ../nbs/10_feature_bank.ipynb #fb6e1bdc-3
 @patch
 def load_state_dict(self: FeatureBank,
     state: dict[str, torch.Tensor], # what `state_dict` gave

@@ -50,7 +50,6 @@ class LabelBank:
         for row in self.labels:
             if row.max() >= 2*len(row): row.copy_(torch.unique(row, return_inverse=True)[1])
 
-# %% ../nbs/13_label_bank.ipynb #d6a1163a
 @patch(as_prop=True)
 def n_levels(self: LabelBank) -> int: # H
     "Levels of the hierarchy"
@@ -60,25 +59,6 @@ def n_levels(self: LabelBank) -> int: # H
 def n_images(self: LabelBank) -> int: # N_t
     "Target images"
     return self.labels.shape[1]
-
-# %% ../nbs/13_label_bank.ipynb #fb6e1bdc
-@patch
-def index(self: LabelBank,
-    h: int, # level as an index: 0 finest, -1 coarsest
-) -> Members:
-    "Who belongs to each cluster of a level"
-    if self.seen is None or self.seen[0] is not self.labels or self.seen[1] != self.labels._version:
-        self.lists = [Members(row) for row in self.labels]
-        self.seen = self.labels, self.labels._version
-    return self.lists[h]
-
-@patch
-def n_clusters(self: LabelBank) -> list[int]: # clusters at each level, finest first
-    "How many clusters each level has, singletons included"
-    return [int((self.index(h).count > 0).sum()) for h in range(self.n_levels)]
-
-@patch
-def __repr__(self: LabelBank): return f'LabelBank of {self.n_images} images, clusters per level (fine to coarse): {self.n_clusters()}'
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-1
 @patch
@@ -94,6 +74,26 @@ def check(self: LabelBank) -> None:
         if len(wrong):
             i = wrong[0].item(); j = first[classes[i]].item()
             raise ValueError(f'levels {h + 1} and {h + 2} are not nested: images {j} and {i} share label {self.labels[h, i]} at level {h + 1} but have {self.labels[h + 1, j]} and {self.labels[h + 1, i]} at level {h + 2}.')
+
+# %% ../nbs/13_label_bank.ipynb #fb6e1bdc
+@patch
+def index(self: LabelBank,
+    h: int, # level as an index: 0 finest, -1 coarsest
+) -> Members:
+    "Who belongs to each cluster of a level"
+    if self.seen is None or self.seen[0] is not self.labels or self.seen[1] != self.labels._version:
+        self.lists = [Members(row) for row in self.labels]
+        self.seen = self.labels, self.labels._version
+    return self.lists[h]
+
+# %% ../nbs/13_label_bank.ipynb #d6a1163a
+@patch
+def n_clusters(self: LabelBank) -> list[int]: # clusters at each level, finest first
+    "How many clusters each level has, singletons included"
+    return [int((self.index(h).count > 0).sum()) for h in range(self.n_levels)]
+
+@patch
+def __repr__(self: LabelBank): return f'LabelBank of {self.n_images} images, clusters per level (fine to coarse): {self.n_clusters()}'
 
 # %% ../nbs/13_label_bank.ipynb #45b170ca
 def singletons(
@@ -211,7 +211,7 @@ def better_eps(
 ) -> tuple[float, int, np.ndarray]: # eps and its clusters, (0., 0) when nothing gives two clusters; the k-distance curve
     "An eps with many clusters, from the distances to the `min_samples`-th nearest image"
     curve = k_distances(V, min_samples)
-    tries = sorted({round(float(t), 3) for t in np.quantile(curve[curve < 1], [.1, .25, .5, .75, .9])} - {0.}) if (curve < 1).any() else []
+    tries = sorted({min(float(np.ceil(1000*t))/1000, .999) for t in np.quantile(curve[curve < 1], [.1, .25, .5, .75, .9])} - {0.}) if (curve < 1).any() else []
     if not tries: return 0., 0, curve
     pairs = pairs_within(V, tries[-1])
     found = {e: int(dbscan(pairs, e, min_samples).max()) + 1 for e in tries}

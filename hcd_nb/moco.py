@@ -85,6 +85,7 @@ def keys(self:MoCo, t, batch):
     own = self.key_head(t.features(t.view(t.target, batch[order]), t.target_domain, self.key_encoder))
     return gathered(F.normalize(own, dim=1))[order.argsort().to(own.device)]
 
+# %% ../nbs/32_moco.ipynb #510fc2d7
 @patch
 def loss(self:MoCo, t, centres, classes):
     "InfoNCE of a batch in random order"
@@ -93,6 +94,7 @@ def loss(self:MoCo, t, centres, classes):
     loss = info_nce(F.normalize(self.head(features), dim=1), self.new[share(len(batch))], self.queue, self.temperature)
     return loss, gathered(features.detach()), batch.to(t.device)
 
+# %% ../nbs/32_moco.ipynb #c3104065
 @patch
 def update(self:MoCo, t, batch):
     "The new keys take the place of the oldest; the key encoder follows"

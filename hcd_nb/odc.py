@@ -117,6 +117,7 @@ def loss(self:ODC, t, centres, classes):
     batch = batch.to(t.device)
     return F.cross_entropy(logits, classes[batch], weights), features.detach(), batch
 
+# %% ../nbs/31_odc.ipynb #cbf176f2
 @patch
 def update(self:ODC, t, batch):
     "New classes of the batch's images; small classes renewed; now and then, all centroids"

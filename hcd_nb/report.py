@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'summary', 'summary_text', 'draw_panel', 'draw_scores', 'draw_curves', 'tree_order', 'richest_clusters',
-           'richest_cluster', 'runs', 'draw_tree', 'pad_below', 'draw_identities', 'write_report']
+           'richest_cluster', 'runs', 'pad_below', 'draw_identities', 'draw_tree', 'write_report']
 
 # %% ../nbs/22_report.ipynb #442248c8
 from pathlib import Path
@@ -101,6 +101,15 @@ def runs(values):
     starts = [i for i in range(len(values)) if i == 0 or values[i] != values[i - 1]]
     return [(s, e - s, values[s]) for s, e in zip(starts, starts[1:] + [len(values)])]
 
+# %% ../nbs/22_report.ipynb #0e49479e
+def pad_below(h): return .06 + .11*h
+
+def draw_identities(ax, identities):
+    "A bar under each image, one colour per identity."
+    colour = {v: plt.get_cmap("tab10")(k % 10) for k, v in enumerate(dict.fromkeys(identities.tolist()))}
+    for x, v in enumerate(identities.tolist()): ax.add_patch(Rectangle((x + .12, -.5), .76, .1, color=colour[v], lw=0))
+
+# %% ../nbs/22_report.ipynb #c85be7b6
 def draw_tree(labels,          # (H, N) int64, nested
               images,          # ImageStore of the N images
               top=None,        # a label of the top level; None: the richest cluster
@@ -118,14 +127,6 @@ def draw_tree(labels,          # (H, N) int64, nested
     if identities is not None: draw_identities(ax, identities[order])
     ax.set(xlim=(-.1, len(order) + .1), ylim=(-.55, 2.05)); ax.axis("off")
     return figure
-
-# %% ../nbs/22_report.ipynb #0e49479e
-def pad_below(h): return .06 + .11*h
-
-def draw_identities(ax, identities):
-    "A bar under each image, one colour per identity."
-    colour = {v: plt.get_cmap("tab10")(k % 10) for k, v in enumerate(dict.fromkeys(identities.tolist()))}
-    for x, v in enumerate(identities.tolist()): ax.add_patch(Rectangle((x + .12, -.5), .76, .1, color=colour[v], lw=0))
 
 # %% ../nbs/22_report.ipynb #7670989e
 def write_report(run,        # training.Run that has come to its end

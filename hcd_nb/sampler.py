@@ -87,6 +87,24 @@ def check_labels(
     if n_images and len(labels) != n_images:
         raise ValueError(f'{len(labels)} labels, but this sampler began with {n_images} images: use a new sampler for another set')
 
+# %% ../nbs/05_sampler.ipynb #fb6e1bdc-2
+@patch
+def companions(self: PseudoClassSampler,
+    anchors: torch.Tensor, # (a,) long
+    classes: torch.Tensor, # (N,) long, 0 to C-1
+    sizes: torch.Tensor, # (C,) long: images of each class
+    cameras: torch.Tensor = None, # (N,) long
+) -> torch.Tensor: # (batch_size,) long
+    "Each anchor with its companions, cut or repeated to the size of a batch"
+    groups = []
+    for anchor, c in zip(anchors.split(1), classes[anchors].tolist()):
+        if sizes[c] > 1:
+            members = (classes == c).nonzero()[:, 0]
+            anchor = group(anchor, members, cameras, self.n_instances, self.generator)
+        groups.append(anchor)
+    images = torch.cat(groups)
+    return images.repeat(-(-self.batch_size // len(images)))[:self.batch_size]
+
 # %% ../nbs/05_sampler.ipynb #fb6e1bdc-1
 @patch
 def batch(self: PseudoClassSampler,
@@ -107,31 +125,12 @@ def batch(self: PseudoClassSampler,
     self.queue = self.queue[stays]
     return self.companions(anchors, classes, sizes, None if cameras is None else cameras.cpu())
 
-# %% ../nbs/05_sampler.ipynb #fb6e1bdc-2
-@patch
-def companions(self: PseudoClassSampler,
-    anchors: torch.Tensor, # (a,) long
-    classes: torch.Tensor, # (N,) long, 0 to C-1
-    sizes: torch.Tensor, # (C,) long: images of each class
-    cameras: torch.Tensor = None, # (N,) long
-) -> torch.Tensor: # (batch_size,) long
-    "Each anchor with its companions, cut or repeated to the size of a batch"
-    groups = []
-    for anchor, c in zip(anchors.split(1), classes[anchors].tolist()):
-        if sizes[c] > 1:
-            members = (classes == c).nonzero()[:, 0]
-            anchor = group(anchor, members, cameras, self.n_instances, self.generator)
-        groups.append(anchor)
-    images = torch.cat(groups)
-    return images.repeat(-(-self.batch_size // len(images)))[:self.batch_size]
-
 # %% ../nbs/05_sampler.ipynb #fb6e1bdc-3
 @patch
 def state_dict(self: PseudoClassSampler) -> dict: # tensors only
     "Everything that is needed to go on with the same batches"
     return dict(queue=self.queue.clone(), n_images=torch.tensor(self.n_images), generator=self.generator.get_state())
 
-# %% ../nbs/05_sampler.ipynb #fb6e1bdc-4
 @patch
 def load_state_dict(self: PseudoClassSampler,
     state: dict, # from `state_dict`

@@ -107,6 +107,7 @@ def outer(
     "Products of all pairs"
     return values[..., :, None]*values[..., None, :]
 
+# %% ../nbs/13_scale.ipynb #3225003e
 def plain(cosine, reach=None, pairs=None):
     "The paper's similarity: the cosine itself"
     return cosine
@@ -131,6 +132,7 @@ def background(
     middle, loud = (float(found.kthvalue(len(found)*tenths//10 + 1).values) for tenths in (5, 9))
     return middle, loud if some else middle
 
+# %% ../nbs/13_scale.ipynb #940c7356
 def kin_level(
     levels: KinLevels, # of some images
     b: float, # background
@@ -138,6 +140,7 @@ def kin_level(
     "How far images of one person stand above the background"
     return float(levels.among[levels.sure].median()) if levels.sure.any() else 1 - b
 
+# %% ../nbs/13_scale.ipynb #f5d312d1
 def calibrate(
     features: torch.Tensor, # (N, d) unit rows
     near: torch.Tensor, # (B, k) int64 nearest rows of some images, themselves first

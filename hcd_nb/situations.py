@@ -90,14 +90,16 @@ def best_dbscan(
     best = max(ari, key=ari.get)
     return found[best], ari[best], ari
 
+# %% ../nbs/24_situations.ipynb #905510c0
 def starts(w, found, seed):
     "The five starts by name"
     n = len(w.person)
     part = torch.randint(3, (n,), generator=torch.Generator().manual_seed(100 + seed))
     return {'over-split': w.person*3 + part, 'perfect': w.person, 'pairs': w.person//2, 'alone': torch.arange(n), 'DBSCAN': found}
 
+# %% ../nbs/24_situations.ipynb #1c3f8517
 def batches(n, count, size=64, seed=0):
-    "Random batches that go through all images before any comes again"
+    "Random batches, round by round through all images; what does not fill a batch at the end of a round is left out"
     g, order = torch.Generator().manual_seed(200 + seed), torch.empty(0, dtype=torch.long)
     for _ in range(count):
         if len(order) < size: order = torch.randperm(n, generator=g)
@@ -168,6 +170,7 @@ def infrared(
     "A picture as if taken in infrared"
     return (pixels.float().mean(0, keepdim=True)/2 + 90).to(torch.uint8).expand(3, -1, -1)
 
+# %% ../nbs/24_situations.ipynb #2581d4c1
 def write_infrared(
     folder, # to be made; of a table set.csv and the pictures
     where='pedestrians/target', # what is changed
@@ -190,6 +193,7 @@ def add_rows(file, rows):
     "Append rows to a table, which is made if need be"
     pd.DataFrame(rows).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5f')
 
+# %% ../nbs/24_situations.ipynb #6dde4f25
 def dbscan_rows(common, form, by_eps, every=False):
     "Rows of the table for DBSCAN, with the radius of hindsight or with every one"
     rows = [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]

@@ -134,6 +134,7 @@ def compared(old, new): # records → dict: stage and metric → (then, now), of
     a, b = table(old), table(new)
     return {k: (a[k], b.get(k)) for k in a if a[k] != b.get(k)}
 
+# %% ../nbs/42_tables.ipynb #947291e5
 def made_again(name, world, records, folder, device):
     "Make a recorded run from scratch and say whether its figures are the same"
     runs = {n: r for make in TABLES.values() for n, r in runs_of(make(world)).items()}

@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 # %% ../nbs/21_training.ipynb #643b1952
 import pandas as pd
@@ -506,7 +507,7 @@ def guard(self:Run):
     self.warn_again, said = t.iteration + 500, f"Iteration {t.iteration}: {sentence}"
     if what == "stop":
         self.save()
-        raise LabelsCollapsed(f"{said} The run has stopped and is saved; to go on all the same: hcd_train --resume {self.out} --on-collapse continue, or reinit to find new labels.")
+        raise LabelsCollapsed(f"{said} The run has stopped and is saved; to go on all the same: hcd_train --resume {quote(str(self.out))} --on-collapse continue, or reinit to find new labels.")
     self.domain.notes.append(said + (" The labels were found anew." if what == "reinit" else ""))
     if rank() == 0: tqdm.write(self.domain.notes[-1], file=sys.stderr)
     if what == "reinit":

@@ -276,6 +276,16 @@ def target_loss(self:Trainer, centres, classes, finer=()):
     losses = [contrastive_loss(features, y[own], c, prototypes, self.config.temperature) for c, y in ((centres, classes), *finer)]
     return sum(losses)/len(losses), gathered(features.detach()), batch.to(self.device)
 
+# %% ../nbs/21_training.ipynb #fb6e1bdc-7
+@patch
+def descend(self:Trainer, loss):
+    "One step of Adam at this iteration's rate."
+    for group in self.optimiser.param_groups: group["lr"] = learning_rate(self.config, self.iteration)
+    self.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    average_gradients(p for group in self.optimiser.param_groups for p in group["params"])
+    self.optimiser.step()
+
 # %% ../nbs/21_training.ipynb #fb6e1bdc-6
 @patch
 def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, merges …
@@ -297,16 +307,6 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
         row.update(self.method.update(self, batch))
     self.iteration += 1
     return row
-
-# %% ../nbs/21_training.ipynb #fb6e1bdc-7
-@patch
-def descend(self:Trainer, loss):
-    "One step of Adam at this iteration's rate."
-    for group in self.optimiser.param_groups: group["lr"] = learning_rate(self.config, self.iteration)
-    self.optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    average_gradients(p for group in self.optimiser.param_groups for p in group["params"])
-    self.optimiser.step()
 
 # %% ../nbs/21_training.ipynb #5fe8df3b
 def pack(state, # nested dicts and lists of tensors, numbers, text
@@ -494,25 +494,6 @@ def score(self:Run, stage):
     scores = evaluate_encoder(t.encoder, self.domain, self.size, number, self.device, self.stores)
     if scores: self.evaluations.append({"stage": stage, "iteration": t.iteration, **scores})
 
-# %% ../nbs/21_training.ipynb #146b4bcc
-class LabelsCollapsed(ValueError):
-    "The labels have run away, and the run was told to stop; its checkpoint is written."
-
-@patch
-def guard(self:Run):
-    "Say so when the labels have run away, and do what `on_collapse` says."
-    t, what = self.trainer, self.config.on_collapse
-    sentence = collapse(t.history, len(self.domain.train)) if t.label_bank is not None else ""
-    if not sentence or t.iteration < self.warn_again: return
-    self.warn_again, said = t.iteration + 500, f"Iteration {t.iteration}: {sentence}"
-    if what == "stop":
-        self.save()
-        raise LabelsCollapsed(f"{said} The run has stopped and is saved; to go on all the same: hcd_train --resume {quote(str(self.out))} --on-collapse continue, or reinit to find new labels.")
-    self.domain.notes.append(said + (" The labels were found anew." if what == "reinit" else ""))
-    if rank() == 0: tqdm.write(self.domain.notes[-1], file=sys.stderr)
-    if what == "reinit":
-        t.history[-1].update(reinitialised=1., moved=t.find_labels_anew())
-
 # %% ../nbs/21_training.ipynb #fb6e1bdc-12
 @patch
 def milestone(self:Run):
@@ -541,6 +522,7 @@ def start_target(self:Run):
         self.domain.notes.append(f"No cameras are given, and {len(self.trainer.views.directions)} of the directions of the features stand out as strong views do (day and night, say): "
                                  "taken out before labels are looked for (--set normalise_cameras=False leaves them in).")
 
+# %% ../nbs/21_training.ipynb #fb6e1bdc-16
 @patch
 def save(self:Run):
     "Write the checkpoint."
@@ -554,6 +536,37 @@ def load(self:Run):
     more = load_checkpoint(self.trainer, self.out/"checkpoint.safetensors")
     self.seconds, self.evaluations = more["seconds"], more["evaluations"]
     if "changes" in more: self.changes, self.seen = [more["changes"]], self.trainer.label_bank.labels[-1].clone()
+
+# %% ../nbs/21_training.ipynb #146b4bcc
+class LabelsCollapsed(ValueError):
+    "The labels have run away, and the run was told to stop; its checkpoint is written."
+
+@patch
+def guard(self:Run):
+    "Say so when the labels have run away, and do what `on_collapse` says."
+    t, what = self.trainer, self.config.on_collapse
+    sentence = collapse(t.history, len(self.domain.train)) if t.label_bank is not None else ""
+    if not sentence or t.iteration < self.warn_again: return
+    self.warn_again, said = t.iteration + 500, f"Iteration {t.iteration}: {sentence}"
+    if what == "stop":
+        self.save()
+        raise LabelsCollapsed(f"{said} The run has stopped and is saved; to go on all the same: hcd_train --resume {quote(str(self.out))} --on-collapse continue, or reinit to find new labels.")
+    self.domain.notes.append(said + (" The labels were found anew." if what == "reinit" else ""))
+    if rank() == 0: tqdm.write(self.domain.notes[-1], file=sys.stderr)
+    if what == "reinit":
+        t.history[-1].update(reinitialised=1., moved=t.find_labels_anew())
+
+# %% ../nbs/21_training.ipynb #5b45e028
+def status(history, # rows of Run.go, newest last
+           images,  # images of one iteration
+           ) -> dict: # short texts by name
+    "What the progress bar says: loss, clusters per level, label ARI and images per second."
+    row, recent = history[-1], [r["seconds"] for r in history[-20:]]
+    shown = {"loss": f"{row.get('target_loss', 0) + row.get('source_loss', 0):.2f}"}
+    levels = [k for k in row if k.startswith("clusters_")]
+    if levels: shown["clusters"] = "/".join(str(int(row[k])) for k in levels)
+    if f"ari_{len(levels)}" in row: shown["ARI"] = f"{row[f'ari_{len(levels)}']:.2f}"
+    return {**shown, "images/s": f"{images*len(recent)/sum(recent):.0f}"}
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-14
 @patch
@@ -585,17 +598,25 @@ def go(self:Run,
     self.finish()
     return True
 
-# %% ../nbs/21_training.ipynb #5b45e028
-def status(history, # rows of Run.go, newest last
-           images,  # images of one iteration
-           ) -> dict: # short texts by name
-    "What the progress bar says: loss, clusters per level, label ARI and images per second."
-    row, recent = history[-1], [r["seconds"] for r in history[-20:]]
-    shown = {"loss": f"{row.get('target_loss', 0) + row.get('source_loss', 0):.2f}"}
-    levels = [k for k in row if k.startswith("clusters_")]
-    if levels: shown["clusters"] = "/".join(str(int(row[k])) for k in levels)
-    if f"ari_{len(levels)}" in row: shown["ARI"] = f"{row[f'ari_{len(levels)}']:.2f}"
-    return {**shown, "images/s": f"{images*len(recent)/sum(recent):.0f}"}
+# %% ../nbs/21_training.ipynb #c266ef19
+@patch
+def purity(self:Run) -> dict: # homogeneity and completeness; empty where no identity is known
+    "Whether the top level's clusters hold one identity each, and identities lie in one cluster each."
+    if not self.domain.train.has_identities: return {}
+    quality = label_quality(self.trainer.label_bank.labels[-1], self.domain.train.identities)
+    return {k: quality[k] for k in ("homogeneity", "completeness")}
+
+# %% ../nbs/21_training.ipynb #c266ef1a
+@patch
+def record(self:Run) -> dict:
+    "Everything needed to say where a figure comes from."
+    t, command = self.trainer, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    last = {k: v for k, v in (t.history[-1] if t.history else {}).items() if k.startswith(("clusters", "ari", "singletons", "largest"))}
+    if t.label_bank is not None: last |= self.purity()
+    counts = dict(train=len(self.domain.train), query=len(self.domain.query or []), gallery=len(self.domain.gallery or []), skipped=self.domain.skipped)
+    weights = asdict(t.encoder.report) if t.encoder.report else self.config.weights
+    return dict(command=command, config=asdict(self.config), weights=weights, seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),
+                seconds=round(self.seconds, 1), images=counts, notes=self.domain.notes, **({"recall": round(t.recall, 3)} if t.recall else {}), labels=last, evaluations=self.evaluations)
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-15
 @patch
@@ -625,26 +646,6 @@ def write_labels(self:Run,
     levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
     pd.DataFrame({"path": self.domain.train.paths, **levels, "silhouette": placed.cpu().numpy().round(3)}).to_csv(self.out/"pseudo_identities.csv", index=False)
     if self.changes: pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"]).to_parquet(self.out/"label_history.parquet", index=False)
-
-# %% ../nbs/21_training.ipynb #c266ef19
-@patch
-def purity(self:Run) -> dict: # homogeneity and completeness; empty where no identity is known
-    "Whether the top level's clusters hold one identity each, and identities lie in one cluster each."
-    if not self.domain.train.has_identities: return {}
-    quality = label_quality(self.trainer.label_bank.labels[-1], self.domain.train.identities)
-    return {k: quality[k] for k in ("homogeneity", "completeness")}
-
-# %% ../nbs/21_training.ipynb #c266ef1a
-@patch
-def record(self:Run) -> dict:
-    "Everything needed to say where a figure comes from."
-    t, command = self.trainer, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    last = {k: v for k, v in (t.history[-1] if t.history else {}).items() if k.startswith(("clusters", "ari", "singletons", "largest"))}
-    if t.label_bank is not None: last |= self.purity()
-    counts = dict(train=len(self.domain.train), query=len(self.domain.query or []), gallery=len(self.domain.gallery or []), skipped=self.domain.skipped)
-    weights = asdict(t.encoder.report) if t.encoder.report else self.config.weights
-    return dict(command=command, config=asdict(self.config), weights=weights, seed=self.config.seed, **self.surroundings, date=time.strftime("%Y-%m-%d"),
-                seconds=round(self.seconds, 1), images=counts, notes=self.domain.notes, **({"recall": round(t.recall, 3)} if t.recall else {}), labels=last, evaluations=self.evaluations)
 
 # %% ../nbs/21_training.ipynb #ad01c287
 def train(config,         # RunConfig, see make_config

@@ -194,10 +194,9 @@ def add_rows(file, rows):
     pd.DataFrame(rows).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5f')
 
 # %% ../nbs/24_situations.ipynb #6dde4f25
-def dbscan_rows(common, form, by_eps, every=False):
-    "Rows of the table for DBSCAN, with the radius of hindsight or with every one"
-    rows = [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]
-    return rows if every else [max(rows, key=lambda row: row['ari'])]
+def dbscan_rows(common, form, by_eps):
+    "Rows of the table for DBSCAN, one for each radius"
+    return [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]
 
 # %% ../nbs/24_situations.ipynb #24f1d0d1
 def measure(folder, n, seeds, forms):
@@ -206,12 +205,11 @@ def measure(folder, n, seeds, forms):
     done = set(map(tuple, pd.read_csv(file)[['situation', 'seed', 'form']].to_numpy().tolist())) if file.exists() else set()
     for seed in seeds:
         for name, dials in SITUATIONS.items():
-            missing, common = [form for form in ('DBSCAN', 'DBSCAN, each radius', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
+            missing, common = [form for form in ('DBSCAN', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
             if not missing: continue
             w = world(n, seed=seed, **dials)
             clean, (found, _, by_eps) = without_views(w), best_dbscan(w)
             if 'DBSCAN' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN', by_eps) + ([] if clean is w else dbscan_rows(common, 'DBSCAN, views out', best_dbscan(clean)[2])))
-            if 'DBSCAN, each radius' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN, each radius', by_eps, every=True))
             for form in filter(FORMS.get, missing):
                 shown = clean if FORMS[form].scale else w
                 reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None

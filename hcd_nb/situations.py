@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['everything', 'SITUATIONS', 'RADII', 'FORMS', 'DRIFTS', 'World', 'identities', 'gaussians', 'world', 'best_dbscan',
            'starts', 'batches', 'run', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows',
-           'dbscan_rows', 'measure', 'measure_drift', 'main']
+           'dbscan_rows', 'measure_world', 'measure', 'last_features', 'measure_pictures', 'measure_drift', 'main']
 
 # %% ../nbs/24_situations.ipynb #05c34f22
 import argparse, json, time
@@ -18,13 +18,14 @@ from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
+from .configs import RunConfig
 from .data import read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .evaluation import normalise_cameras
 from .images import read_image
 from .label_bank import LabelBank, dbscan, singletons
 from .neighbors import encoding, pairs_within
-from .training import surroundings
+from .training import Run, surroundings
 from .views import hidden_views
 
 # %% ../nbs/24_situations.ipynb #610620fe
@@ -199,21 +200,39 @@ def dbscan_rows(common, form, by_eps):
     return [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]
 
 # %% ../nbs/24_situations.ipynb #24f1d0d1
+def measure_world(file, name, seed, forms, make):
+    "Rows of the world that `make()` gives, for DBSCAN and each form that the table does not have yet"
+    done = pd.read_csv(file).query('situation == @name and seed == @seed').form.tolist() if file.exists() else []
+    missing = [form for form in ('DBSCAN', *forms) if form not in done]
+    if not missing: return
+    w = make()
+    clean, (found, _, by_eps), common = without_views(w), best_dbscan(w), dict(situation=name, images=len(w.rows), seed=seed)
+    if 'DBSCAN' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN', by_eps) + ([] if clean is w else dbscan_rows(common, 'DBSCAN, views out', best_dbscan(clean)[2])))
+    for form in filter(FORMS.get, missing):
+        shown = clean if FORMS[form].scale else w
+        reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
+        add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
+
 def measure(folder, n, seeds, forms):
     "Every situation, start and form that is not in the table yet"
-    file = folder/f'situations_{n}.csv'
-    done = set(map(tuple, pd.read_csv(file)[['situation', 'seed', 'form']].to_numpy().tolist())) if file.exists() else set()
     for seed in seeds:
-        for name, dials in SITUATIONS.items():
-            missing, common = [form for form in ('DBSCAN', *forms) if (name, seed, form) not in done], dict(situation=name, images=n, seed=seed)
-            if not missing: continue
-            w = world(n, seed=seed, **dials)
-            clean, (found, _, by_eps) = without_views(w), best_dbscan(w)
-            if 'DBSCAN' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN', by_eps) + ([] if clean is w else dbscan_rows(common, 'DBSCAN, views out', best_dbscan(clean)[2])))
-            for form in filter(FORMS.get, missing):
-                shown = clean if FORMS[form].scale else w
-                reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None
-                add_rows(file, [dict(common, form=form, start=start, **run(FORMS[form], shown, labels, seed=seed, reach=reach)) for start, labels in starts(w, found, seed).items()])
+        for name, dials in SITUATIONS.items(): measure_world(folder/f'situations_{n}.csv', name, seed, forms, lambda: world(n, seed=seed, **dials))
+
+# %% ../nbs/24_situations.ipynb #24f1d0e1
+def last_features(
+    folder, # of a run of hcd_train that has come to its end
+) -> World:
+    "The features that a run ended with, as its labels were found on them"
+    ended = Run(RunConfig(**json.loads((Path(folder)/'config.json').read_text())), folder)
+    if not ended.domain.train.has_identities: raise ValueError(f'{folder}: the identities of {ended.config.target} are not known, so there is nothing to compare labels with.')
+    ended.load()
+    return World(ended.trainer.label_rows, ended.domain.train.identities, ended.domain.train.cameras, True)
+
+def measure_pictures(folder, run_folder, forms):
+    "The same for the features of a run; its method is the situation"
+    config = json.loads((Path(run_folder)/'config.json').read_text())
+    where = f"{config['target']}, encoder by {config['method']}"
+    measure_world(folder/'pictures.csv', where, config['seed'], forms, lambda: last_features(run_folder))
 
 # %% ../nbs/24_situations.ipynb #24f1d0d2
 def measure_drift(folder, seeds):
@@ -233,6 +252,7 @@ def main(argv=None):
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--forms', nargs='*', default=list(FORMS), choices=list(FORMS))
     p.add_argument('--drift', action='store_true', help='also simulate training runs')
+    p.add_argument('--pictures', metavar='RUN', nargs='+', default=[], help='also the features that these runs of hcd_train ended with')
     p.add_argument('--infrared', metavar='FOLDER', help='only write the pictures with cameras at night there, for hcd_train')
     p.add_argument('--out', default='data/runs/situations')
     args = p.parse_args(argv)
@@ -240,9 +260,10 @@ def main(argv=None):
     folder, began, where = Path(args.out), time.perf_counter(), surroundings('cpu')
     folder.mkdir(parents=True, exist_ok=True)
     for n in args.images: measure(folder, n, args.seeds, args.forms)
+    for name in args.pictures: measure_pictures(folder, name, args.forms)
     if args.drift: measure_drift(folder, args.seeds)
     options = {name: vars(rule) for name, rule in FORMS.items()}
-    command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms))) + ' --drift'*args.drift
+    command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms), ('pictures', args.pictures)) if v or k != 'pictures') + ' --drift'*args.drift
     entry = dict(command=f'hcd_situations {command}', forms=options, **where, date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
     file = folder/'record.json'
     runs = json.loads(file.read_text()) if file.exists() else []

@@ -43,6 +43,7 @@ def labels_of(
     levels = sorted(c for c in table if c.startswith("level_"))
     return Labels([Path(p).name for p in table["path"]], torch.tensor(table[levels].to_numpy().T.copy()), changes)
 
+# %% ../nbs/41_hierarchy.ipynb #41a0c0d1
 def keep_labels(name, folder, to):
     "Put the labels of a run where the repository keeps them"
     own, to = Path(folder)/name, Path(to)

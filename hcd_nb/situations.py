@@ -220,19 +220,19 @@ def measure(folder, n, seeds, forms):
 
 # %% ../nbs/24_situations.ipynb #24f1d0e1
 def last_features(
-    folder, # of a run of hcd_train that has come to its end
+    config: RunConfig, # of a run of hcd_train that has come to its end
+    folder, # of that run
 ) -> World:
     "The features that a run ended with, as its labels were found on them"
-    ended = Run(RunConfig(**json.loads((Path(folder)/'config.json').read_text())), folder)
-    if not ended.domain.train.has_identities: raise ValueError(f'{folder}: the identities of {ended.config.target} are not known, so there is nothing to compare labels with.')
+    ended = Run(config, folder)
+    if not ended.domain.train.has_identities: raise ValueError(f'{folder}: the identities of {config.target} are not known, so there is nothing to compare labels with.')
     ended.load()
     return World(ended.trainer.label_rows, ended.domain.train.identities, ended.domain.train.cameras, True)
 
 def measure_pictures(folder, run_folder, forms):
     "The same for the features of a run; its method is the situation"
-    config = json.loads((Path(run_folder)/'config.json').read_text())
-    where = f"{config['target']}, encoder by {config['method']}"
-    measure_world(folder/'pictures.csv', where, config['seed'], forms, lambda: last_features(run_folder))
+    config = RunConfig(**json.loads((Path(run_folder)/'config.json').read_text()))
+    measure_world(folder/'pictures.csv', f'{config.target}, encoder by {config.method}', config.seed, forms, lambda: last_features(config, run_folder))
 
 # %% ../nbs/24_situations.ipynb #24f1d0d2
 def measure_drift(folder, seeds):
@@ -263,7 +263,7 @@ def main(argv=None):
     for name in args.pictures: measure_pictures(folder, name, args.forms)
     if args.drift: measure_drift(folder, args.seeds)
     options = {name: vars(rule) for name, rule in FORMS.items()}
-    command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms), ('pictures', args.pictures)) if v or k != 'pictures') + ' --drift'*args.drift
+    command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms))) + ' --drift'*args.drift + ' '.join([' --pictures', *args.pictures])*bool(args.pictures)
     entry = dict(command=f'hcd_situations {command}', forms=options, **where, date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
     file = folder/'record.json'
     runs = json.loads(file.read_text()) if file.exists() else []

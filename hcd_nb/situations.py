@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['everything', 'SITUATIONS', 'RADII', 'FORMS', 'DRIFTS', 'World', 'identities', 'gaussians', 'world', 'best_dbscan',
-           'starts', 'batches', 'run', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows',
-           'dbscan_rows', 'measure_world', 'measure', 'last_features', 'measure_pictures', 'measure_drift', 'main']
+           'starts', 'batches', 'run', 'oracle', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows',
+           'ari_rows', 'dbscan_rows', 'measure_world', 'measure', 'last_features', 'measure_pictures', 'measure_drift',
+           'main']
 
 # %% ../nbs/24_situations.ipynb #05c34f22
 import argparse, json, time
@@ -24,7 +25,8 @@ from .dynamics import ClusterDynamics, share_moved
 from .evaluation import normalise_cameras
 from .images import read_image
 from .label_bank import LabelBank, dbscan, singletons
-from .neighbors import encoding, pairs_within
+from .merge import join
+from .neighbors import encoding, knn, pairs_within
 from .training import Run, surroundings
 from .views import hidden_views
 
@@ -127,6 +129,24 @@ def run(
     bank.check()
     return dict(ari=float(adjusted_rand_score(w.person, bank.labels[-1])), **done, needed=share_moved(labels, bank.labels[-1]), seconds=time.perf_counter() - began)
 
+# %% ../nbs/24_situations.ipynb #0a4c1e01
+def oracle(
+    w: World,
+    labels: torch.Tensor, # (N,) int64 to begin with
+    iterations: int = 60, # of 64 images
+    k: int = 64, # rows of a neighbourhood, the image included
+    seed: int = 0,
+) -> torch.Tensor: # (N,) int64
+    "Where labels end by all the right moves that the batches can see"
+    visited = torch.cat(list(batches(len(labels), iterations, seed=seed))).unique()
+    asked = torch.isin(labels, labels[visited])
+    names, part = torch.unique(torch.stack([labels, torch.where(asked, w.person, -1)]), dim=1, return_inverse=True)
+    low, high = (torch.zeros_like(names[0]).scatter_reduce(0, part, w.person, how, include_self=False) for how in ('amin', 'amax'))
+    near = torch.cat([knn(w.rows[some], w.rows, min(k, len(labels)), own=some)[1] for some in visited.split(256)])
+    right = (w.person[near] == w.person[visited, None]) & (low == high)[part[near]]
+    row, column = right.nonzero().T
+    return join(len(low), part[visited[row]], part[near[row, column]])[part]
+
 # %% ../nbs/24_situations.ipynb #c5e219e6
 def without_views(
     w: World,
@@ -195,19 +215,24 @@ def add_rows(file, rows):
     pd.DataFrame(rows).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5f')
 
 # %% ../nbs/24_situations.ipynb #6dde4f25
+def ari_rows(common, form, by_start):
+    "Rows of the table where nothing but the ARI is known"
+    return [dict(common, form=form, start=start, ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for start, ari in by_start.items()]
+
 def dbscan_rows(common, form, by_eps):
-    "Rows of the table for DBSCAN, one for each radius"
-    return [dict(common, form=form, start=f'eps {eps}', ari=ari, splits=0, merges=0, moved=0., needed=0., seconds=0.) for eps, ari in by_eps.items()]
+    "One for each radius"
+    return ari_rows(common, form, {f'eps {eps}': ari for eps, ari in by_eps.items()})
 
 # %% ../nbs/24_situations.ipynb #24f1d0d1
 def measure_world(file, name, seed, forms, make):
-    "Rows of the world that `make()` gives, for DBSCAN and each form that the table does not have yet"
+    "Rows of the world that `make()` gives, for DBSCAN, the oracle and each form that the table does not have yet"
     done = pd.read_csv(file).query('situation == @name and seed == @seed').form.tolist() if file.exists() else []
-    missing = [form for form in ('DBSCAN', *forms) if form not in done]
+    missing = [form for form in ('DBSCAN', 'oracle', *forms) if form not in done]
     if not missing: return
     w = make()
     clean, (found, _, by_eps), common = without_views(w), best_dbscan(w), dict(situation=name, images=len(w.rows), seed=seed)
     if 'DBSCAN' in missing: add_rows(file, dbscan_rows(common, 'DBSCAN', by_eps) + ([] if clean is w else dbscan_rows(common, 'DBSCAN, views out', best_dbscan(clean)[2])))
+    if 'oracle' in missing: add_rows(file, ari_rows(common, 'oracle', {start: float(adjusted_rand_score(w.person, oracle(clean, labels, seed=seed))) for start, labels in starts(w, found, seed).items()}))
     for form in filter(FORMS.get, missing):
         shown = clean if FORMS[form].scale else w
         reach = FORMS[form].measure(shown.rows) if FORMS[form].scale else None

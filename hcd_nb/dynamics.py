@@ -88,9 +88,10 @@ OPTIONS = dict(neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), 
 
 @patch
 def check(self: ClusterDynamics):
-    "Raise `ValueError` for an option that does not exist"
+    "Raise `ValueError` for an option that does not exist or cannot be"
     for name, known in OPTIONS.items():
         if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}: it is one of {", ".join(map(str, known))}.')
+    if self.n_anchors < 1: raise ValueError(f'n_anchors is {self.n_anchors}: a split needs at least one anchor.')
 
 # %% ../nbs/16_dynamics.ipynb #610620fe-1
 @dataclass
@@ -155,6 +156,8 @@ def around(self: ClusterDynamics,
 ) -> tuple: # batch (B,) int64 distinct; neighbourhoods (B, k) int64, each image first; similarity (B, k, k) within them; from cosine to similarity
     "What an update sees of the bank"
     self.check()
+    if len(features) != bank.n_images: raise ValueError(f'there are {len(features)} rows of features and {bank.n_images} images in the label bank: they must be of the same images.')
+    if not len(indices): raise ValueError('the batch is empty: an update needs at least one image.')
     batch = torch.unique(indices.to(bank.labels.device))
     rows = looked_at(batch, len(features)) if self.scale else batch
     near, cosines = neighbourhood(features, rows.to(features.device), min(self.n_neighbours, len(features)))

@@ -104,13 +104,14 @@ def momentum_step(
 def check_indices(
     indices: torch.Tensor, # (B,) int64
     features: torch.Tensor, # (B, d)
-    n: int, # how many rows there are
+    rows: torch.Tensor, # (n, d) of the bank
     what: str, # what a row is
 ) -> None:
     "Raise `ValueError` where indices and features do not fit each other or the bank"
     if features.shape[:1] != indices.shape: raise ValueError(f'{len(indices)} indices but {len(features)} features: give one feature for each.')
-    bad = indices[(indices < 0) | (indices >= n)]
-    if len(bad): raise ValueError(f'there is no {what} {bad[0].item()}: the bank has {n}, numbered from 0.')
+    if features.shape[1:] != rows.shape[1:]: raise ValueError(f'the features have {features.shape[1]} dimensions and the bank {rows.shape[1]}: they must be of the same encoder.')
+    bad = indices[(indices < 0) | (indices >= len(rows))]
+    if len(bad): raise ValueError(f'there is no {what} {bad[0].item()}: the bank has {len(rows)}, numbered from 0.')
 
 # %% ../nbs/10_feature_bank.ipynb #fb6e1bdc
 @patch
@@ -119,7 +120,7 @@ def update(self: FeatureBank,
     features: torch.Tensor, # (B, d) their new features
 ) -> None:
     "Move the rows of target images towards new features"
-    check_indices(indices, features, len(self.target), 'target image')
+    check_indices(indices, features, self.target, 'target image')
     momentum_step(self.target, indices, features, self.momentum)
 
 # %% ../nbs/10_feature_bank.ipynb #fb6e1bdc-1
@@ -129,7 +130,7 @@ def update_source(self: FeatureBank,
     features: torch.Tensor, # (B, d) features of images of those classes
 ) -> None:
     "Move source prototypes towards new features"
-    check_indices(classes, features, len(self.source), 'source class')
+    check_indices(classes, features, self.source, 'source class')
     momentum_step(self.source, classes, features, self.momentum)
 
 # %% ../nbs/10_feature_bank.ipynb #fb6e1bdc-2

@@ -6,6 +6,8 @@
 __all__ = ['among_centres', 'silhouettes', 'silhouette', 'collapse']
 
 # %% ../nbs/19_guard.ipynb #988b0e7b
+from itertools import islice, takewhile
+
 import torch
 
 from .feature_bank import cluster_means
@@ -51,19 +53,18 @@ def silhouette(
 
 # %% ../nbs/19_guard.ipynb #86d20e84
 def collapse(
-    rows: list, # of dicts with adoptions, rejections, moved and largest, an update each; the oldest first
+    rows: list, # of dicts, the oldest first: largest, and where labels moved also adoptions, rejections and moved
     n_images: int, # images in the bank
     window: int = 100, # updates
 ) -> str: # empty while all is well
     "Whether the labels have run away, in one sentence with the likely cause"
-    rows = [r for r in rows if "adoptions" in r][-window:]
-    last = max((i + 1 for i, r in enumerate(rows) if r.get("reinitialised")), default=0)
-    rows = rows[last:]
+    began = next((r["largest"] for r in rows if "largest" in r), 0)
+    rows = list(islice(takewhile(lambda r: not r.get("reinitialised"), (r for r in reversed(rows) if "adoptions" in r)), window))
     if len(rows) < window: return ""
     visited, rejected = sum(r["adoptions"] + r["rejections"] for r in rows), sum(r["rejections"] for r in rows)
     largest, moved = min(r["largest"] for r in rows), sum(r["moved"] for r in rows)*n_images
     since = f"In the last {window} label updates"
     if rejected >= .75*visited: return f"{since} {rejected/visited:.0%} of the images found nobody to follow: their features do not tell people apart yet. Train the encoder longer before the labels move (pretrain, label_start), or lower the demand on neighbours (sigma)."
-    if largest >= n_images/4: return f"{since} one cluster held at least {largest/n_images:.0%} of all images: strangers are joined, and joined clusters pull in others. Raise join, lower eps, or see whether the cameras look different (normalise_cameras)."
+    if largest >= n_images/2 or largest >= max(n_images/4, 1.5*began): return f"{since} one cluster held at least {largest/n_images:.0%} of all images: strangers are joined, and joined clusters pull in others. Raise join, lower eps, or see whether the cameras look different (normalise_cameras)."
     if moved >= .5*visited: return f"{since} {moved/visited:.1f} images changed cluster for each one visited: splits and merges undo each other. Raise momentum so that rows are steadier, lower the learning rate, or take the default dynamics if this is the paper's form."
     return ""

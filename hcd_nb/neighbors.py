@@ -180,7 +180,7 @@ def cosines_within(
     out = torch.empty(*sets.shape, sets.shape[1], dtype=precision, device=features.device)
     room = features.new_empty(min(step, len(sets))*sets.shape[1], features.shape[1])
     for s, o in zip(sets.split(step), out.split(step)):
-        rows = torch.index_select(features, 0, s.flatten(), out=room[:s.numel()]).to(precision).view(*s.shape, -1)
+        rows = torch.index_select(features, 0, s.flatten(), out=room[:s.numel()]).to(precision).view(*s.shape, features.shape[1])
         torch.bmm(rows, rows.mT, out=o)
     return out
 
@@ -303,7 +303,8 @@ def pair_cosines(
     "Cosines of chosen pairs"
     ij = torch.from_numpy(np.stack([i, j]).astype(np.int64)).to(features.device)
     step = max(1, tile // features.shape[1])
-    parts = [torch.linalg.vecdot(features.index_select(0, a), features.index_select(0, b)) for a, b in zip(ij[0].split(step), ij[1].split(step))]
+    take = lambda rows: features.index_select(0, rows).to(torch.promote_types(features.dtype, torch.float32))
+    parts = [torch.linalg.vecdot(take(a), take(b)) for a, b in zip(ij[0].split(step), ij[1].split(step))]
     return torch.cat(parts).cpu().numpy()
 
 # %% ../nbs/11_neighbors.ipynb #e3f78aaf

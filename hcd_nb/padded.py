@@ -25,11 +25,13 @@ def farthest_anchors(
     "`split.farthest_first` of every cluster"
     every, place = (torch.arange(n, device=real.device) for n in real.shape)
     nearest = similarity[every, start].masked_fill(~real, torch.inf)
+    nearest[every, start] = torch.inf
     anchors, met = [start], [torch.zeros_like(nearest[:, :1])]
     for _ in range(min(n_anchors, len(place)) - 1):
         anchors.append(first_largest(-nearest))
         met.append(nearest.gather(1, anchors[-1][:, None]))
         nearest = torch.maximum(nearest, similarity[every, anchors[-1]])
+        nearest[every, anchors[-1]] = torch.inf
     new = (torch.cat(met, 1) < 1 - 1e-6) & (place[:len(met)] < real.sum(1)[:, None])
     return torch.stack(anchors, 1), new.cummin(1).values
 

@@ -262,7 +262,7 @@ def update(self: ShardedBank,
     features: torch.Tensor, # (B, d) their new features, the same in all processes
 ) -> None:
     "Move the rows of target images towards new features"
-    check_indices(indices, features, len(self.target), 'target image')
+    check_indices(indices, features, self.target, 'target image')
     here, places = self.shared.mine(indices)
     if here.any(): momentum_step(self.shared.own, places, features[here], self.momentum)
 

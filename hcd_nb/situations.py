@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['everything', 'SITUATIONS', 'RADII', 'FORMS', 'DRIFTS', 'World', 'identities', 'gaussians', 'world', 'best_dbscan',
            'starts', 'batches', 'run', 'oracle', 'without_views', 'drift', 'infrared', 'write_infrared', 'add_rows',
-           'ari_rows', 'dbscan_rows', 'measure_world', 'measure', 'last_features', 'measure_pictures', 'measure_drift',
-           'main']
+           'ari_rows', 'dbscan_rows', 'measure_world', 'measure', 'last_features', 'config_of', 'measure_pictures',
+           'measure_drift', 'parser', 'measure_all', 'main']
 
 # %% ../nbs/24_situations.ipynb #05c34f22
-import argparse, json, time
+import argparse, json, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -254,9 +254,17 @@ def last_features(
     ended.load()
     return World(ended.trainer.label_rows, ended.domain.train.identities, ended.domain.train.cameras, True)
 
+def config_of(
+    run_folder, # of hcd_train
+) -> RunConfig:
+    "The settings of a run"
+    file = Path(run_folder)/'config.json'
+    if not file.exists(): raise ValueError(f'{run_folder} holds no run: {file} is missing; name the folder that hcd_train was given as --out.')
+    return RunConfig(**json.loads(file.read_text()))
+
 def measure_pictures(folder, run_folder, forms):
     "The same for the features of a run; its method is the situation"
-    config = RunConfig(**json.loads((Path(run_folder)/'config.json').read_text()))
+    config = config_of(run_folder)
     measure_world(folder/'pictures.csv', f'{config.target}, encoder by {config.method}', config.seed, forms, lambda: last_features(config, run_folder))
 
 # %% ../nbs/24_situations.ipynb #24f1d0d2
@@ -270,8 +278,8 @@ def measure_drift(folder, seeds):
                 if (variant, form, seed) not in done: add_rows(file, [dict(variant=variant, form=form, seed=seed, **row) for row in drift(form, variant, seed=seed)])
 
 # %% ../nbs/24_situations.ipynb #8c1ee656
-def main(argv=None):
-    "Measure situations and drift into a folder, with a record of the surroundings"
+def parser() -> argparse.ArgumentParser:
+    "The words that hcd_situations understands"
     p = argparse.ArgumentParser('hcd_situations', description='Label dynamics in hard situations.')
     p.add_argument('--images', type=int, nargs='*', default=[2000], help='sizes of the bank')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
@@ -280,8 +288,12 @@ def main(argv=None):
     p.add_argument('--pictures', metavar='RUN', nargs='+', default=[], help='also the features that these runs of hcd_train ended with')
     p.add_argument('--infrared', metavar='FOLDER', help='only write the pictures with cameras at night there, for hcd_train')
     p.add_argument('--out', default='data/runs/situations')
-    args = p.parse_args(argv)
-    if args.infrared: return write_infrared(args.infrared)
+    return p
+
+# %% ../nbs/24_situations.ipynb #0a4c1e06
+def measure_all(args):
+    "Measure what is asked for into a folder, with a record of the surroundings"
+    for name in args.pictures: config_of(name)
     folder, began, where = Path(args.out), time.perf_counter(), surroundings('cpu')
     folder.mkdir(parents=True, exist_ok=True)
     for n in args.images: measure(folder, n, args.seeds, args.forms)
@@ -293,3 +305,12 @@ def main(argv=None):
     file = folder/'record.json'
     runs = json.loads(file.read_text()) if file.exists() else []
     file.write_text(json.dumps(runs + [entry], indent=1) + '\n')
+
+def main(argv=None) -> int: # exit status: 0 done, 2 what was typed or read is wrong
+    "The console script hcd_situations"
+    args = parser().parse_args(argv)
+    try: write_infrared(args.infrared) if args.infrared else measure_all(args)
+    except (ValueError, OSError) as e:
+        print(f'hcd_situations: {e}', file=sys.stderr)
+        return 2
+    return 0

@@ -54,12 +54,14 @@ def farthest_of(
     n_anchors: int, # K, at most this many
 ) -> torch.Tensor: # (K' <= K,) int64 units, the start first
     "Farthest-first units, where similarities are asked for a row at a time"
-    anchors, nearest = [start], row(start)
+    anchors, nearest = [start], row(start).clone()
+    nearest[start] = torch.inf
     while len(anchors) < min(n_anchors, len(nearest)):
         far = int(first_largest(-nearest))
         if nearest[far] >= 1 - 1e-6: break
         anchors.append(far)
         nearest = torch.maximum(nearest, row(far))
+        nearest[far] = torch.inf
     return torch.tensor(anchors, device=nearest.device)
 
 # %% ../nbs/14_split.ipynb #035db248

@@ -51,8 +51,8 @@ def chain_ends(
 class ClusterDynamics:
     "Algorithm 1: updates a label bank for the images of a batch"
     alpha_s: float = .99        # propagation strength of split, in [0, 1)
-    alpha_m: float = .99        # propagation strength of merge, in [0, 1)
-    sigma: float = .25          # merge threshold
+    alpha_m: float = .99        # propagation strength of merge and of the neighbour search, in [0, 1)
+    sigma: float = .25          # threshold of merge and of the neighbour search
     n_anchors: int = 8          # K, label anchors of a split, at most
     n_neighbours: int = 64      # rows of a neighbourhood, the image included
     mutual_k: int = 10          # mutual top-k edges of split and merge; 30 [A]
@@ -66,8 +66,8 @@ class ClusterDynamics:
     merges: bool = True         # False: step 2b is left out
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
-    split_cut: float | None = .45 # the same for edges of a split; None keeps all [A]
-    stay: bool = True           # images that fit their cluster better than their neighbour's stay; False: all are detached [A]
+    split_cut: float | None = .45 # edges of a split only above this similarity; None keeps all [A]
+    stay: bool = True           # images that fit their cluster better than their neighbour's stay; needs `confirm`; False: all are detached [A]
     scale: str | None = 'spread' # 'spread': calibrated, to distances too; 'auto': calibrated; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
     join: float | None = .7     # average link that clusters need to merge; None: no check [A]

@@ -67,7 +67,7 @@ class ClusterDynamics:
     min_split_units: int = 2    # clusters of fewer units are not split; 3 [A]
     min_split_samples: int = 2  # clusters of fewer images are not split; 5 [A]
     split_cut: float | None = .45 # edges of a split only above this similarity; None keeps all [A]
-    stay: bool = True           # images that fit their cluster better than their neighbour's stay; needs `confirm`; False: all are detached [A]
+    stay: bool = True           # images that fit their cluster better than their neighbour's stay; needs `confirm`; False: none [A]
     scale: str | None = 'spread' # 'spread': calibrated, to distances too; 'auto': calibrated; None: the cosine [A]
     confirm: float | None = .6  # average link that groups of a cluster need to stay together; None: no check [A]
     join: float | None = .7     # average link that clusters need to merge; None: no check [A]

@@ -58,7 +58,7 @@ class Followed(Instance):
     def first_labels(self, t, rows):
         for behind, ahead in self.pairs(t): behind.load_state_dict(ahead.state_dict())
         return super().first_labels(t, rows)
-    def centres(self, t): return t.feature_bank.rows[:0], t.label_bank.labels[-1]
+    def centres(self, t): return t.feature_bank.source[:0], t.label_bank.labels[-1]
     def follow(self, t, m): # momentum
         for behind, ahead in self.pairs(t): follow(behind, ahead, m)
 

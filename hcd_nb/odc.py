@@ -83,7 +83,6 @@ def renew_small(
     for c in small.nonzero()[:, 0].tolist():
         big = int(labels.bincount(minlength=len(centroids)).argmax())
         members = (labels == big).nonzero()[:, 0]
-        if len(members) < 2*least: break
         labels[members[halves(rows[members], least)]] = c
         for k in (big, c): centroids[k] = rows[labels == k].mean(0)
     return labels, centroids
@@ -96,7 +95,7 @@ class ODC(Method):
         super().__init__(t)
         K, N = t.config.n_classes, len(t.target)
         if size() > 1: raise ValueError("Method odc runs in one process: start it without torchrun.")
-        if not 2 <= K <= N//2: raise ValueError(f"{K} classes for {N} images: set n_classes between 2 and {N//2} (--set n_classes=…), about two thirds of the number of identities.")
+        if not 2 <= K <= N//4: raise ValueError(f"{K} classes for {N} images: set n_classes between 2 and {N//4} (--set n_classes=…), about two thirds of the number of identities.")
         self.least = smallest_class(N, K)
         self.classifier = nn.Parameter(torch.zeros(K, t.encoder.dim))
         self.register_buffer("centroids", torch.zeros(K, t.encoder.dim))
@@ -105,7 +104,7 @@ class ODC(Method):
         labels, self.centroids = renew_small(rows, labels, cluster_means(rows, labels, len(centroids)), self.least)
         with torch.no_grad(): self.classifier.copy_(F.normalize(self.centroids, dim=1))
         return LabelBank.from_labels(labels.cpu(), t.config.levels)
-    def centres(self, t): return t.feature_bank.rows[:0], t.label_bank.labels[-1].to(t.device)
+    def centres(self, t): return t.feature_bank.source[:0], t.label_bank.labels[-1].to(t.device)
 
 # %% ../nbs/31_odc.ipynb #fb6e1bdc
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GeM', 'Encoder', 'check_images', 'plain_name', 'WeightReport', 'only_tensors', 'read_weights', 'shared_prefixes',
            'match_names', 'load_weights', 'imagenet_weights', 'build_encoder', 'one_domain', 'save_encoder',
-           'load_encoder', 'extract_features']
+           'described', 'load_encoder', 'extract_features']
 
 # %% ../nbs/04_encoder.ipynb #d8aabd53
 import copy, json, pickle, re
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torchvision import models
 from .augmentation import normalise_images
@@ -239,19 +239,35 @@ def save_encoder(
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
     save_file(state, file, metadata={'format': 'pt', 'hcd_nb': json.dumps(about)})
 
+# %% ../nbs/04_encoder.ipynb #3d9e07b2
+def described(
+    file: str | Path, # .safetensors
+) -> dict: # name, n_domains and image_size of an encoder
+    "What the header of an encoder's file says"
+    try:
+        with safe_open(file, 'pt') as f: header = (f.metadata() or {}).get('hcd_nb')
+    except (OSError, SafetensorError) as error: raise ValueError(f'{file} cannot be read as an encoder (damaged or another format): give the encoder.safetensors of a run') from error
+    if header is None: raise ValueError(f'{file} is not an encoder that hcd_train wrote: give the encoder.safetensors of a run (hcd_train --weights takes weights of other origin)')
+    whole = lambda n: type(n) is int and 0 < n < 10_000
+    try:
+        about = {k: json.loads(header)[k] for k in ('name', 'n_domains', 'image_size')}
+        height, width = about['image_size']
+        sound = isinstance(about['name'], str) and all(map(whole, (about['n_domains'], height, width)))
+    except (ValueError, KeyError, TypeError): sound = False
+    if not sound: raise ValueError(f'{file} does not say which encoder it holds (its header is damaged): take a copy that is whole')
+    return about
+
 # %% ../nbs/04_encoder.ipynb #c05f5046
 def load_encoder(
     file: str | Path, # written by `save_encoder`
 ) -> Encoder: # in evaluation mode, on the CPU
     "Read an encoder that `save_encoder` wrote"
-    state = read_weights(file)
-    about = {}
-    if Path(file).suffix == '.safetensors':
-        with safe_open(file, 'pt') as f: about = f.metadata() or {}
-    if 'hcd_nb' not in about:
-        raise ValueError(f'{Path(file).name} was not written by save_encoder: build_encoder(NAME, weights=FILE) reads weights of other origin')
-    about = json.loads(about['hcd_nb'])
-    encoder = build_encoder(about['name'], n_domains=about['n_domains'], image_size=about['image_size'])
+    about = described(file)
+    try: encoder = build_encoder(**about)
+    except (ValueError, RuntimeError) as error: raise ValueError(f"{file} holds an encoder that cannot be built here ({str(error).splitlines()[0]})") from error
+    state, own = load_file(file), encoder.state_dict()
+    wrong = [n for n in own if n not in state or state[n].shape != own[n].shape or not state[n].isfinite().all()] + [n for n in state if n not in own]
+    if wrong: raise ValueError(f'{file} is not a whole {about["name"]}: {len(wrong)} of its tensors are missing, unknown, of another shape or no numbers ({wrong[0]}, for one); take a copy that is whole, or another run')
     encoder.load_state_dict(state)
     return encoder.eval()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'run_file', 'Exported', 'beside', 'description', 'needed', 'write_onnx', 'write_torchscript',
-           'write_safetensors', 'some_crops', 'largest_difference', 'writable', 'unwritten', 'whole_file', 'is_export',
-           'export_encoder', 'told', 'parser', 'start', 'main']
+           'write_safetensors', 'some_crops', 'largest_difference', 'writable', 'is_export', 'export_encoder', 'told',
+           'parser', 'start', 'main']
 
 # %% ../nbs/26_export.ipynb #ccac3cc1
 import argparse
@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from shlex import quote
@@ -27,6 +26,7 @@ from .augmentation import MEAN, STD
 from .data import read_domain
 from .encoder import Encoder, build_encoder, extract_features, load_encoder, one_domain
 from .images import DataError, ImageStore
+from .training import unwritten, whole_file
 
 # %% ../nbs/26_export.ipynb #a8c77e4f
 def run_file(
@@ -155,23 +155,6 @@ def writable(
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as e: raise unwritten(file, e) from None
     return file
-
-def unwritten(file, error) -> ValueError: # error: the OSError that kept it from being written
-    "The sentence for a file that could not be written."
-    reason = error.strerror.lower() if error.strerror else 'the disk is full, or fails'   # NumPy and pyarrow name no reason
-    return ValueError(f'{file} cannot be written ({reason}): choose a place with room that you may write to, with --out')
-
-@contextmanager
-def whole_file(
-    file, # Path, in a folder that is there
-): # the Path to write under meanwhile
-    "Give a file its name when all of it is written."
-    part = file.with_name(f'.part-{file.name}')
-    try:
-        yield part
-        os.replace(part, file)
-    except OSError as e: raise unwritten(file, e) from None
-    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/26_export.ipynb #90e59dc6
 def is_export(

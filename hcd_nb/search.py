@@ -26,9 +26,10 @@ from .catalog import Doctor, few, parse_camera, parse_name
 from .configs import choose_device
 from .data import locate, read_csv
 from .encoder import extract_features, load_encoder, one_domain
-from .export import run_file, told, whole_file, writable
+from .export import run_file, told, writable
 from .images import DataError, image_fault, image_files, in_threads, one_ahead, read_image
 from .neighbors import knn
+from .training import whole_file
 
 # %% ../nbs/27_search.ipynb #a3be20da
 def list_images(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MAY_CHANGE', 'dynamics_of', 'Method', 'HCD', 'PerEpoch', 'Oracle', 'Instance', 'Trainer', 'named_method',
-           'learning_rate', 'pack', 'unpack', 'write_whole', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint',
-           'interruptible', 'evaluate_encoder', 'retrieval', 'surroundings', 'Run', 'digest', 'LabelsCollapsed',
-           'status', 'alone_in', 'train']
+           'learning_rate', 'pack', 'unpack', 'unwritten', 'whole_file', 'save_checkpoint', 'read_checkpoint',
+           'load_checkpoint', 'interruptible', 'evaluate_encoder', 'retrieval', 'surroundings', 'Run', 'digest',
+           'LabelsCollapsed', 'status', 'alone_in', 'train']
 
 # %% ../nbs/21_training.ipynb #a70a506a
 import hashlib
@@ -366,16 +366,23 @@ def load_state_dict(self:Trainer, state):
     self.iteration = state["iteration"]
 
 # %% ../nbs/21_training.ipynb #c0c0dd66
-def write_whole(file, write):
-    "Call `write(path)` on a file beside `file`, then move it into place: readers see the old one or the new one, never a half."
-    part = Path(file).with_name(f".part-{Path(file).name}")
+def unwritten(file, error) -> ValueError: # error: what kept it from being written
+    "The sentence for a file that could not be written."
+    reason = (getattr(error, "strerror", None) or "the disk is full, or fails").lower()    # NumPy, pyarrow and safetensors name no reason
+    return ValueError(f"{file} cannot be written ({reason}): choose a place with room that you may write to. What was there before is as it was.")
+
+@contextmanager
+def whole_file(file): # → the Path to write under meanwhile
+    "Give a file its name when all of it is written: readers see the old one or the new one, never a half."
+    file = Path(file)
+    part = file.with_name(f".part-{file.name}")
     try:
-        write(part)
+        yield part
         with open(part, "rb+") as f: os.fsync(f.fileno())
         os.replace(part, file)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError) as e: raise unwritten(file, e) from None
+    finally:
         with suppress(OSError): part.unlink(missing_ok=True)
-        raise ValueError(f"{file} could not be written ({e}): make room, or see who may write there. What was there before is as it was.") from None
 
 def save_checkpoint(trainer, # Trainer
                     file,    # path; replaced as a whole
@@ -383,7 +390,8 @@ def save_checkpoint(trainer, # Trainer
                     ):
     "Write everything the trainer holds, atomically."
     tree, tensors = pack({**trainer.state_dict(), "more": more})
-    if rank() == 0: write_whole(file, lambda part: save_file(tensors, part, metadata={"state": json.dumps(tree)}))
+    if rank(): return
+    with whole_file(file) as part: save_file(tensors, part, metadata={"state": json.dumps(tree)})
 
 # %% ../nbs/21_training.ipynb #0a4c1e23
 def read_checkpoint(file, # path that save_checkpoint wrote
@@ -707,11 +715,12 @@ def finish(self:Run):
     placed = silhouettes(t.label_rows, t.label_bank.class_index(-1, t.device)[0], torch.arange(len(t.target), device=t.device)) if adapted else None
     if rank(): return
     encoder = one_domain(t.encoder, t.target_domain if adapted else 0)
-    write_whole(self.out/"encoder.safetensors", lambda part: save_encoder(encoder, part))
-    if self.evaluations: write_whole(self.out/"evaluations.csv", lambda part: pd.DataFrame(self.evaluations).to_csv(part, index=False))
-    write_whole(self.out/"history.parquet", lambda part: pd.DataFrame(t.history).to_parquet(part, index=False))
+    with whole_file(self.out/"encoder.safetensors") as part: save_encoder(encoder, part)
+    if self.evaluations:
+        with whole_file(self.out/"evaluations.csv") as part: pd.DataFrame(self.evaluations).to_csv(part, index=False)
+    with whole_file(self.out/"history.parquet") as part: pd.DataFrame(t.history).to_parquet(part, index=False)
     if adapted: self.write_labels(placed)
-    write_whole(self.out/"record.json", lambda part: part.write_text(json.dumps(self.record(), indent=1) + "\n"))
+    with whole_file(self.out/"record.json") as part: part.write_text(json.dumps(self.record(), indent=1) + "\n")
 
 @patch
 def write_labels(self:Run,
@@ -719,13 +728,13 @@ def write_labels(self:Run,
                  ):
     "The label bank as safetensors, and as a table a person can open."
     labels = self.trainer.label_bank.labels.contiguous()
-    write_whole(self.out/"label_bank.safetensors", lambda part: save_file({"labels": labels}, part))
+    with whole_file(self.out/"label_bank.safetensors") as part: save_file({"labels": labels}, part)
     levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
     table = pd.DataFrame({"path": self.domain.train.paths, **levels, "silhouette": placed.cpu().numpy().round(3)})
-    write_whole(self.out/"pseudo_identities.csv", lambda part: table.to_csv(part, index=False))
+    with whole_file(self.out/"pseudo_identities.csv") as part: table.to_csv(part, index=False)
     if not self.changes: return
     changes = pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"])
-    write_whole(self.out/"label_history.parquet", lambda part: changes.to_parquet(part, index=False))
+    with whole_file(self.out/"label_history.parquet") as part: changes.to_parquet(part, index=False)
 
 # %% ../nbs/21_training.ipynb #0a4c1e41
 @contextmanager
@@ -754,7 +763,8 @@ def train(config,         # RunConfig, see make_config
     if run.trainer.method.needs_identities and not run.domain.train.has_identities: raise DataError(f"The target {config.target} has no identities: method {config.method} needs them.")
     with alone_in(run.out):
         if resume: run.load()
-        if rank() == 0: write_whole(run.out/"config.json", lambda part: part.write_text(json.dumps(asdict(config), indent=1) + "\n"))
+        if rank() == 0:
+            with whole_file(run.out/"config.json") as part: part.write_text(json.dumps(asdict(config), indent=1) + "\n")
         before(run)
         run.done = run.go(progress, stop_at)
     return run

@@ -41,12 +41,13 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/39_command.ipynb #fea39c0a
 def typed_settings(args): # of parser() → dict of text
-    "The settings that were typed; raises ValueError for one that was typed twice."
-    typed = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None} | ({"skip_bad": True} if args.skip_bad else {})
+    "The settings that were typed, the last --set of a name; raises ValueError for one that also has an option of its own."
+    named = {k: getattr(args, k) for k in SETTINGS if getattr(args, k) is not None} | ({"skip_bad": True} if args.skip_bad else {})
+    typed = dict(named)
     for word in args.set:
         name, equals, value = word.partition("=")
         if not equals: raise ValueError(f"--set takes NAME=VALUE, not {word!r}.")
-        if name in typed: raise ValueError(f"{name} is given twice: {typed[name]} and {value}; give it once.")
+        if name in named: raise ValueError(f"{name} is given twice: {named[name]} and, with --set, {value}; give it once.")
         if name == "preset": raise ValueError(f"A preset is no setting: type --preset {quote(value)}.")
         typed[name] = value
     return typed

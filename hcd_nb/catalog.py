@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'CLAIMS', 'market_parts', 'veri_parts', 'msmt_folders', 'msmt_lists', 'cuhk_kinds', 'Published',
-           'split_claim', 'parse_name', 'parse_camera', 'few', 'Doctor', 'image_rows', 'named_rows', 'read_parts',
-           'msmt_version', 'read_msmt17', 'read_cuhk03', 'read_cuhk03_mat', 'known_layout', 'read_known', 'differences']
+           'split_claim', 'parse_name', 'parse_camera', 'few', 'Doctor', 'image_rows', 'named_rows', 'nameable',
+           'read_parts', 'msmt_version', 'read_msmt17', 'read_cuhk03', 'read_cuhk03_mat', 'known_layout', 'read_known',
+           'differences']
 
 # %% ../nbs/01_catalog.ipynb #3e20d91c
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
 from fastcore.basics import patch
-from .images import DataError, image_files
+from .images import DataError, image_files, printable
 
 # %% ../nbs/01_catalog.ipynb #b7bef347
 class Published(NamedTuple):
@@ -54,7 +55,7 @@ def parse_name(
     name, # file name without folders
 ): # (identity, camera), or None if the name is not of this kind
     "Identity and camera from a name in the manner of Market-1501 or DukeMTMC-reID."
-    m = re.match(r'(-1|\d+)_c(\d+)(s\d+)?[_.]', name)
+    m = re.match(r'(-1|\d+)_c(\d+)(s\d+)?[_.]', name, re.IGNORECASE)
     return (int(m[1]), int(m[2])) if m else None
 
 # %% ../nbs/01_catalog.ipynb #84e95a65
@@ -62,13 +63,13 @@ def parse_camera(
     name, # file name, with folders if they matter
 ): # int, -1 if none is named
     "Camera number from a mark such as `_c3`."
-    m = re.search(r'(?:^|[_/])c(\d+)(?=s\d|[_./-]|$)', name)
+    m = re.search(r'(?:^|[_/])c(\d+)(?=s\d|[_./-]|$)', name, re.IGNORECASE)
     return int(m[1]) if m else -1
 
 # %% ../nbs/01_catalog.ipynb #8c591e3d
 def few(names, n=3):
     "Some names, and how many more."
-    names = [os.fsencode(str(x)).decode('utf8', 'replace') for x in names]
+    names = [printable(x) for x in names]
     return ', '.join(names[:n]) + (f' and {len(names) - n:,} more' if len(names) > n else '')
 
 class Doctor:
@@ -76,7 +77,7 @@ class Doctor:
     def __init__(self,
         where, # what the user asked to read
         skip_bad=False, # leave bad images out instead of refusing
-    ): self.where, self.skip_bad, self.skipped, self.notes = os.fsencode(str(where)).decode('utf8', 'replace'), skip_bad, 0, []
+    ): self.where, self.skip_bad, self.skipped, self.notes = printable(where), skip_bad, 0, []
 
 # %% ../nbs/01_catalog.ipynb #fb6e1bdc
 @patch
@@ -118,7 +119,8 @@ def image_rows(
 ): # table: path, shown, identity, camera, split
     "The table of some images."
     labels = list(labels)
-    return pd.DataFrame(dict(path=[str(f) for f in files], shown=[os.path.relpath(f, folder).replace(os.sep, '/') for f in files],
+    names = lambda of: pd.Series([of(f) for f in files], dtype=object) # pandas' own text takes no names that are not UTF-8
+    return pd.DataFrame(dict(path=names(str), shown=names(lambda f: os.path.relpath(f, folder).replace(os.sep, '/')),
         identity=pd.array([i for i, _ in labels], dtype='int64'), camera=pd.array([c for _, c in labels], dtype='int64'), split=split))
 
 def named_rows(folder, files, split, doctor):
@@ -126,6 +128,13 @@ def named_rows(folder, files, split, doctor):
     labels = [parse_name(f.name) for f in files]
     rows = image_rows(folder, files, [l or (-1, -1) for l in labels], split)
     return doctor.leave_out(rows, [l is None for l in labels], 'are wrongly named', 'name them like 0002_c1s1_000451_03.jpg (identity 2, camera 1)')
+
+def nameable(
+    table, # table of images
+    doctor, # Doctor
+): # the table without names that cannot be written into a run's files
+    "See that all paths are UTF-8; old archives bring others."
+    return doctor.leave_out(table, [p != printable(p) for p in table.path], 'have names that are not UTF-8', 'rename them')
 
 # %% ../nbs/01_catalog.ipynb #dd2fb106
 def read_parts(
@@ -139,7 +148,7 @@ def read_parts(
     missing = [parts[split] for split in parts if not there[split]]
     if missing and missing != list(parts.values())[1:]:
         doctor.refuse(f'no folder {missing[0]}', f'this layout has {", ".join(parts.values())} (the last two may be absent together)')
-    return pd.concat([named_rows(folder, sum(map(image_files, places), []), split, doctor) for split, places in there.items() if places], ignore_index=True)
+    return pd.concat([named_rows(folder, sum((image_files(p, doctor.notes) for p in places), []), split, doctor) for split, places in there.items() if places], ignore_index=True)
 
 # %% ../nbs/01_catalog.ipynb #8cf35790
 msmt_folders = {'msmt17-v1': ('train', 'test'), 'msmt17-v2': ('mask_train_v2', 'mask_test_v2')}

@@ -134,7 +134,9 @@ def read_image(
     "Decode an image to RGB."
     fault = None
     try:
-        with Image.open(path) as image: fault, image = value_fault(image), _to_rgb(image)
+        with Image.open(path) as image:
+            fault = value_fault(image)
+            if not fault: image = _to_rgb(image)
     except Exception: fault = image_fault(path) or 'cannot be converted to RGB'
     if fault: raise DataError(f'{path}: {fault}; replace the image, or leave it out with skip_bad (--skip-bad)')
     if size is not None and image.size != (size[1], size[0]): image = image.resize((size[1], size[0]), Image.BICUBIC)

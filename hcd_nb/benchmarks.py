@@ -361,7 +361,7 @@ def machine(device):
     model = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
     return dict(surroundings(device), processor=model, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
 
-def main(words=None):
+def main(words=None): # exit status; 2: nowhere to write
     "The command hcd_bench"
     p = argparse.ArgumentParser("hcd_bench", description="Measure the label bank's speed and memory as ratios to what cannot be avoided.")
     p.add_argument("--only", action="append", choices=PIECES, help="one piece; may be repeated")
@@ -370,7 +370,10 @@ def main(words=None):
     args = p.parse_args(words)
     import pandas as pd
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"hcd_bench: {out} cannot be the folder of the results ({e.strerror.lower()}): name another with --out", file=sys.stderr)
+        return 2
     for name in args.only or PIECES:
         try: rows = PIECES[name](args.device)
         except ValueError as e:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED_AS', 'ALPHAS', 'VARIANTS', 'TABLES', 'METRICS', 'World', 'embedded_world', 'resnet50_world', 'market_world',
            'Planned', 'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1', 'from_scratch',
-           's_table_sweep', 'claims', 'runs_of', 'find_records', 'unread', 'differences', 'published', 'figures',
-           'cell_rows', 'long_table', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars',
-           'draw_table', 'write_table']
+           's_table_sweep', 'claims', 'runs_of', 'read_record', 'find_records', 'unread', 'differences', 'published',
+           'figures', 'cell_rows', 'long_table', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep',
+           'draw_bars', 'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
 import json
@@ -179,6 +179,18 @@ def runs_of(cells) -> dict: # name → Planned
     "All runs of some cells, each once"
     return {run.name: run for cell in cells for run in cell.runs}
 
+# %% ../nbs/40_results.ipynb #1b0b681e
+def read_record(
+    file, # Path of a record.json
+) -> dict:
+    "What a run wrote of itself; a file that holds something else is refused"
+    parts = {"config": dict, "evaluations": list, "labels": dict, "seconds": (int, float)}
+    try: record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{file} is not the record of a run ({e}): delete it, or make the run again.") from None
+    lacking = [k for k, kind in parts.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]
+    if lacking: raise ValueError(f"{file} is not the record of a run (without {', '.join(lacking)}): delete it, or make the run again.")
+    return record
+
 # %% ../nbs/40_results.ipynb #1b0b681d
 def find_records(
     world, # World
@@ -187,7 +199,7 @@ def find_records(
     "The records of a world's runs"
     files = {f.stem: f for f in sorted((embedded_root()/"runs"/world.name).glob("*.json"))}
     if folder: files |= {f.parent.name: f for f in sorted((Path(folder)/world.name).glob("*/record.json"))}
-    return {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items()}
+    return {name: read_record(f) for name, f in files.items()}
 
 # %% ../nbs/40_results.ipynb #226d43f9
 def unread(
@@ -219,7 +231,7 @@ def published() -> dict: # (table, row, column, metric) → value
 
 def figures(record, stage) -> dict: # metric → per cent
     "The figures of a record at a stage"
-    e = next(e for e in record["evaluations"] if e["stage"] == stage)
+    e = next((e for e in record["evaluations"] if e["stage"] == stage), {})
     top = max((k for k in record["labels"] if k.startswith("ari_")), default="")
     return {**{m: 100*e[m] for m in METRICS if m in e}, **({"label ARI": 100*record["labels"][top]} if top else {})}
 

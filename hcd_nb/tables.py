@@ -198,7 +198,10 @@ def world_of(args): # of parser()
     "The world that was named"
     if args.world == "embedded-resnet50": return resnet50_world()
     if args.world == "market" and not (args.market or args.duke): raise ValueError("--world market needs --market FOLDER, the unpacked Market-1501 (and --duke FOLDER for the tables of both).")
-    return embedded_world() if args.world == "embedded" else market_world(args.market, args.duke)
+    if args.world == "embedded": return embedded_world()
+    for word, folder in (("--market", args.market), ("--duke", args.duke)):
+        if folder and not Path(folder).is_dir(): raise ValueError(f"{word} {folder} is no folder: name the one that the archive unpacked to.")
+    return market_world(args.market, args.duke)
 
 def make_missing(cells, world, records, args, device):
     "Say what is missing; with --run, make it"
@@ -217,6 +220,8 @@ def make_missing(cells, world, records, args, device):
 def start(args) -> int:
     "Carry out the typed words"
     device, world = choose_device(args.device), world_of(args)
+    for word, folder in (("--out", args.out), ("--runs", args.runs)):
+        if os.path.exists(folder) and not os.path.isdir(folder): raise ValueError(f"{word} {folder} is a file: name a folder.")
     records = find_records(world, args.runs)
     if args.again:
         print(made_again(args.again, world, records, args.runs, device))

@@ -74,7 +74,9 @@ def test_committed_records_are_those_of_the_plan():
 
 def test_market_world_reads_what_there_is(tmp_path, capsys):
     """Nobody has run it here: every cell is blank, the published numbers stand beside, and what is missing is said."""
-    assert main(["--world", "market", "--market", "/data/Market", "--table", "1", "--runs", str(tmp_path), "--out", str(tmp_path)]) == 0
+    words = ["--world", "market", "--table", "1", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    assert main([*words, "--market", str(tmp_path/"nosuch")]) == 2 and "is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main([*words, "--market", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "left blank: DukeMTMC-reID" in out and "27 runs are missing (time unknown: no record yet)" in out
     assert "| HCD, the paper's form |" in out and "78.1" in out

@@ -128,7 +128,7 @@ def examine_oddities(self: Findings,
     self.suspect(table[(table.height < 32) | (table.width < 16)], 'are smaller than 32×16', 'leave them out: nobody can be recognised on them')
     self.suspect(table[table.span == 0], 'are of one single colour', 'find out what wrote them, or leave them out')
     self.suspect(table[(table.span > 0) & (table.brightest < 64)], 'are dark, with no value above 63 of 255', 'where they are of 10 to 14 bits in files of 16, spread their values and save them with 8')
-    if others: self.notes.append(f'{len(others):,} files are not images, and are not read: {few(others)}')
+    if others: self.notes.append(f'other files, which are not read: {len(others):,} ({few(others)})')
     return table
 
 # %% ../nbs/06_doctor.ipynb #e09c10cf

@@ -146,7 +146,7 @@ def read_folder(
 def _csv_columns(file, doctor):
     try: content = file.read_bytes()
     except OSError as e: doctor.refuse(f'the table cannot be opened ({e.strerror.lower()})', 'name one that you may read')
-    if b'\0' in content: doctor.refuse('the table holds zero bytes', 'save it as comma-separated UTF-8 text')
+    if b'\0' in content: doctor.refuse('the table holds zero bytes, as text in UTF-16 does', 'save it as comma-separated UTF-8 text')
     try: t = pd.read_csv(io.BytesIO(content), header=None, dtype=str, encoding='utf-8-sig', skipinitialspace=True, keep_default_na=False)
     except ValueError as e: doctor.refuse(f'not a readable table ({str(e).strip().splitlines()[0]})', 'save it as comma-separated UTF-8 text with a header')
     t.columns = [str(c).strip().lower() for c in t.iloc[0]]

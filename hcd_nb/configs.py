@@ -71,9 +71,9 @@ class RunConfig(BankConfig):
     "All settings of a run."
     dynamics:str = "default"     # default or paper
     scale:str = "spread"         # how cosines become similarities, of the default form: spread, or auto, without a look at distances
-    sigma:float = .25            # σ, merge threshold
+    sigma:float = .25            # σ, threshold of merge and of the neighbour search
     alpha_s:float = .99          # propagation strength of split
-    alpha_m:float = .99          # propagation strength of merge
+    alpha_m:float = .99          # propagation strength of merge and of the neighbour search
     n_anchors:int = 8            # K
     n_neighbours:int = 64        # k: rows of a neighbourhood, the image included
     mutual_k:int = 0             # k of the mutual edges of split and merge; 0: 10 in the default form, 30 in the paper's

@@ -491,8 +491,8 @@ class Run:
 def read_source(self:Run): # → Images
     "The labelled pictures of the source; what was left out is noted."
     where, domain = self.config.source, read_domain(self.config.source, skip_bad=self.config.skip_bad, test_share=0)
+    if not domain.train.has_identities: raise DataError(f"The source {where} has no identities: adaptation needs a labelled source; leave --source out for Algorithm 3.")
     known = domain.train.known()
-    if not len(known): raise DataError(f"The source {where} has no identities: adaptation needs a labelled source; leave --source out for Algorithm 3.")
     without = len(domain.train) - len(known)
     if without: domain.notes.append(f"{without} of {len(domain.train)} pictures have no identity and are left out")
     self.domain.notes.extend(f"source: {note}" for note in domain.notes if "evaluat" not in note)

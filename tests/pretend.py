@@ -29,7 +29,8 @@ class PretendedGPU(TorchFunctionMode):
     "Inside, device='cuda' gives tensors that pretend to be there"
     def __enter__(self):
         self.waits = 0
-        self.patches = [patch("torch.cuda.get_device_name", lambda device: "a pretended GPU"), patch("torch.cuda.mem_get_info", lambda device: (2**40, 2**40))]
+        self.patches = [patch("torch.cuda.get_device_name", lambda device: "a pretended GPU"), patch("torch.cuda.mem_get_info", lambda device: (2**40, 2**40)),
+                        patch("torch.cuda.get_rng_state", lambda device: torch.get_rng_state()), patch("torch.cuda.set_rng_state", lambda state, device: None)]
         for p in self.patches: p.start()
         return super().__enter__()
 

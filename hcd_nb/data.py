@@ -60,13 +60,10 @@ def known(self: ImageSet): # ImageSet without junk, unknown people and distracto
     return self.subset(self.identities > 0)
 
 # %% ../nbs/01_data.ipynb #fb6e1bdc-1
-LEAST = 16 # images to train on, and identities of a labelled source
-
 @patch
 def classes(self: ImageSet): # (N,) int64 in 0..C-1, in ascending order of identity
     "A contiguous class number for each image of a labelled set."
-    people, nobody = len(self.identities[self.identities > 0].unique()), int((self.identities < 1).sum())
-    if people < LEAST: raise DataError(f'only {people} identities in the pictures of a labelled source ({few(self.paths, 1)}): at least {LEAST} are needed to fill a batch, add more')
+    nobody = int((self.identities < 1).sum())
     if nobody: raise DataError(f'{nobody:,} of {len(self):,} images have no identity (-1, or 0 for distractors): a labelled source needs one for each; give them, or take known() of the set')
     return self.identities.unique(return_inverse=True)[1]
 
@@ -243,13 +240,18 @@ def examine_queries(self: Doctor,
     return self.leave_out(table, lost, 'are queries without an image of their identity by another camera in the gallery', 'add some to the gallery')
 
 # %% ../nbs/01_data.ipynb #fb6e1bdc-5
+LEAST = 16 # images of a target, identities of a labelled source
+
 @patch
 def examine_size(self: Doctor,
     table, # table of images with their split
+    labelled=False, # it is to be a labelled source
 ): # the table
-    "See that there are enough images to fill a batch."
-    images = (table.split == 'train').sum()
-    held = len(table) - images
+    "See that there are enough images, or people, to fill a batch."
+    train = table.split == 'train'
+    people = table.identity[train & (table.identity > 0)].nunique()
+    if labelled and people < LEAST: self.refuse(f'only {people} known identities to train on as a labelled source', f'at least {LEAST} are needed to fill a batch, add more')
+    images, held = train.sum(), (~train).sum()
     if images < LEAST: self.refuse(f'only {images} images to train on' + (f' ({held} more are for evaluation)' if held else ''), f'at least {LEAST} are needed to fill a batch, add more'
                                 + (' or hold out fewer identities with test_share (--test-share)' if held else ''))
     return table
@@ -331,6 +333,7 @@ def read_domain(
     skip_bad=False, # leave bad images out and count them, instead of refusing
     test_share=.5, # share of identities held out where no split is given, 0..1, 1 excluded
     check=True, # decode every image once; False trusts the files
+    labelled=False, # it is to be a labelled source, of which enough people must be known
 ): # Domain
     "Read and check the images of one camera network."
     doctor = Doctor(where, skip_bad)
@@ -339,7 +342,7 @@ def read_domain(
     table, layout = read_table(place, doctor, claim)
     if check: table = doctor.examine_images(table)
     table = split_table(doctor.examine_cameras(table), layout, doctor, test_share)
-    table = doctor.examine_size(doctor.examine_queries(table))
+    table = doctor.examine_size(doctor.examine_queries(table), labelled)
     embedded = place != Path(path).expanduser()
     name = f'pedestrians/{place.name}' if embedded else place.resolve().name.removesuffix('.csv')
     return Domain(name, **_image_sets(table), skipped=doctor.skipped, notes=doctor.notes)

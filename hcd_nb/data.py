@@ -250,7 +250,7 @@ def examine_size(self: Doctor,
     "See that there are enough images, or people, to fill a batch."
     train = table.split == 'train'
     people = table.identity[train & (table.identity > 0)].nunique()
-    if labelled and people < LEAST: self.refuse(f'only {people} known identities to train on as a labelled source', f'at least {LEAST} are needed to fill a batch, add more')
+    if labelled and people < LEAST: self.refuse(f"{f'only {people}' if people else 'no'} known identities to train on as a labelled source", f'at least {LEAST} are needed to fill a batch: add more, or leave the source out')
     images, held = train.sum(), (~train).sum()
     if images < LEAST: self.refuse(f'only {images} images to train on' + (f' ({held} more are for evaluation)' if held else ''), f'at least {LEAST} are needed to fill a batch, add more'
                                 + (' or hold out fewer identities with test_share (--test-share)' if held else ''))

@@ -490,8 +490,7 @@ class Run:
 @patch
 def read_source(self:Run): # → Images
     "The labelled pictures of the source; what was left out is noted."
-    where, domain = self.config.source, read_domain(self.config.source, skip_bad=self.config.skip_bad, test_share=0)
-    if not domain.train.has_identities: raise DataError(f"The source {where} has no identities: adaptation needs a labelled source; leave --source out for Algorithm 3.")
+    domain = read_domain(self.config.source, skip_bad=self.config.skip_bad, test_share=0, labelled=True)
     known = domain.train.known()
     without = len(domain.train) - len(known)
     if without: domain.notes.append(f"{without} of {len(domain.train)} pictures have no identity and are left out")
@@ -618,10 +617,11 @@ def guard(self:Run):
     t, what = self.trainer, self.config.on_collapse
     sentence = collapse(t.history, len(self.domain.train)) if t.label_bank is not None else ""
     if not sentence or t.iteration < self.warn_again: return
-    self.warn_again, said = t.iteration + 500, f"Iteration {t.iteration}: {sentence}"
+    said = f"Iteration {t.iteration}: {sentence}"
     if what == "stop":
         self.save()
         raise LabelsCollapsed(f"{said} The run has stopped and is saved; to go on all the same: hcd_train --resume {quote(str(self.out))} --on-collapse continue, or reinit to find new labels.")
+    self.warn_again = t.iteration + 500
     self.domain.notes.append(said + (" The labels were found anew." if what == "reinit" else ""))
     if rank() == 0: tqdm.write(self.domain.notes[-1], file=sys.stderr)
     if what == "reinit":

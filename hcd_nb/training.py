@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'MAY_CHANGE', 'dynamics_of', 'Method', 'HCD', 'PerEpoch', 'Oracle', 'Instance', 'Trainer', 'named_method',
            'learning_rate', 'pack', 'unpack', 'unwritten', 'whole_file', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'interruptible', 'evaluate_encoder', 'retrieval', 'surroundings', 'Run', 'digest',
+           'load_checkpoint', 'interruptible', 'evaluate_encoder', 'retrieval', 'surroundings', 'digest', 'Run',
            'LabelsCollapsed', 'status', 'alone_in', 'train']
 
 # %% ../nbs/21_training.ipynb #a70a506a
@@ -466,6 +466,15 @@ def surroundings(device) -> dict: # commit, versions, device, cores
         versions["faiss"] = faiss.__version__ + (" with GPUs" if getattr(faiss, "get_num_gpus", int)() else "")
     return dict(commit=commit, versions=versions, device=gpu or str(device), processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), processes=size())
 
+# %% ../nbs/21_training.ipynb #0a4c1e90
+def digest(images, # ImageSet
+           classes=False, # identities count too
+           ) -> list: # images, digest of their names, sizes in bytes, cameras and identities in this order
+    "What tells whether two sets of pictures are the same."
+    names = "\n".join(f"{Path(p).name} {os.path.getsize(p)}" for p in images.paths).encode(errors="surrogateescape")
+    parts = [names, images.cameras.numpy().tobytes(), images.identities.numpy().tobytes() if classes else b""]
+    return [len(images), hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]]
+
 # %% ../nbs/21_training.ipynb #a9aa4b40
 class Run:
     "A training run and its folder."
@@ -481,6 +490,7 @@ class Run:
         self.domain = read_domain(config.target, skip_bad=config.skip_bad, test_share=config.test_share)
         self.source = self.read_source() if config.source else None
         self.read_notes = len(self.domain.notes)    # those after them are said while training
+        self.pictures = {"target": digest(self.domain.train), **({"source": digest(self.source, classes=True)} if self.source is not None else {})}
         t, s = self.domain.train, self.source
         self.stores, self.size, self.surroundings = {}, size, surroundings(device)
         known = lambda images: images.cameras if images.has_cameras else None
@@ -564,27 +574,14 @@ def start_target(self:Run):
 # %% ../nbs/21_training.ipynb #0a4c1e34
 MAY_CHANGE = ("on_collapse", "eps", "min_samples", "k1", "k2", "save_every", "evaluate_every")    # settings, when a run goes on
 
-def digest(images, # ImageSet
-           classes=False, # identities count too
-           ) -> list: # images, digest of their names, cameras and identities in this order
-    "What tells whether two sets of pictures are the same."
-    names = "\n".join(Path(p).name for p in images.paths).encode(errors="surrogateescape")
-    parts = [names, images.cameras.numpy().tobytes(), images.identities.numpy().tobytes() if classes else b""]
-    return [len(images), hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]]
-
-@patch
-def pictures(self:Run) -> dict: # by target, source
-    "What a checkpoint keeps of the pictures."
-    return {"target": digest(self.domain.train), **({"source": digest(self.source, classes=True)} if self.source is not None else {})}
-
 @patch
 def check_same(self:Run,
                more, # what was kept with a checkpoint
                ):
     "Raise ValueError where a checkpoint is of other pictures or settings."
     for what, kept in more.get("pictures", {}).items():
-        now = self.pictures().get(what, [0, ""])
-        if now != kept: raise ValueError(f"The pictures of the {what} {getattr(self.config, what)} are not those that {self.out} was trained with ({kept[0]} then, {now[0]} now; names or cameras differ): put them back as they were, or start a new run.")
+        now = self.pictures.get(what, [0, ""])
+        if now != kept: raise ValueError(f"The pictures of the {what} {getattr(self.config, what)} are not those that {self.out} was trained with ({kept[0]} then, {now[0]} now; names, sizes or cameras differ): put them back as they were, or start a new run.")
     fixed = {k: v for k, v in asdict(self.config).items() if k not in (*MAY_CHANGE, "source", "target", "precision", "skip_bad", "label_history")}
     for name, value in more.get("settings", {}).items():
         if name in fixed and fixed[name] != value: raise ValueError(f"{self.out} was trained with {name}={value}, not {fixed[name]}: a run goes on with its own settings; start a new one for others.")
@@ -595,7 +592,7 @@ def save(self:Run):
     "Write the checkpoint."
     self.out.mkdir(parents=True, exist_ok=True)
     kept = {"changes": torch.cat(self.changes)} if self.changes else {}
-    save_checkpoint(self.trainer, self.out/"checkpoint.safetensors", seconds=self.seconds, evaluations=self.evaluations, settings=asdict(self.config), pictures=self.pictures(),
+    save_checkpoint(self.trainer, self.out/"checkpoint.safetensors", seconds=self.seconds, evaluations=self.evaluations, settings=asdict(self.config), pictures=self.pictures,
                     warn_again=self.warn_again, notes=self.domain.notes[self.read_notes:], recall=self.trainer.recall, **kept)
 
 @patch
@@ -699,6 +696,21 @@ def check_encoder(self:Run):
     features = extract_features(t.encoder, t.target, some, batch_size=16, device=t.device, domain=0 if t.label_bank is None else t.target_domain)
     if not features.isfinite().all(): raise ValueError(f"After iteration {t.iteration} the encoder gives no numbers any more: training has diverged, and no encoder was written. Start again with a lower learning_rate.")
 
+# %% ../nbs/21_training.ipynb #0a4c1e81
+@patch
+def write_labels(self:Run,
+                 placed, # (N_t,) in -1..1, silhouettes at the top level
+                 ):
+    "The label bank as safetensors, and as a table a person can open."
+    labels = self.trainer.label_bank.labels.contiguous()
+    with whole_file(self.out/"label_bank.safetensors") as part: save_file({"labels": labels}, part)
+    levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
+    table = pd.DataFrame({"path": self.domain.train.paths, **levels, "silhouette": placed.cpu().numpy().round(3)})
+    with whole_file(self.out/"pseudo_identities.csv") as part: table.to_csv(part, index=False)
+    if not self.changes: return
+    changes = pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"])
+    with whole_file(self.out/"label_history.parquet") as part: changes.to_parquet(part, index=False)
+
 # %% ../nbs/21_training.ipynb #fb6e1bdc-15
 @patch
 def finish(self:Run):
@@ -721,20 +733,6 @@ def finish(self:Run):
     with whole_file(self.out/"history.parquet") as part: pd.DataFrame(t.history).to_parquet(part, index=False)
     if adapted: self.write_labels(placed)
     with whole_file(self.out/"record.json") as part: part.write_text(json.dumps(self.record(), indent=1) + "\n")
-
-@patch
-def write_labels(self:Run,
-                 placed, # (N_t,) in -1..1, silhouettes at the top level
-                 ):
-    "The label bank as safetensors, and as a table a person can open."
-    labels = self.trainer.label_bank.labels.contiguous()
-    with whole_file(self.out/"label_bank.safetensors") as part: save_file({"labels": labels}, part)
-    levels = {f"level_{h + 1}": level.tolist() for h, level in enumerate(labels)}
-    table = pd.DataFrame({"path": self.domain.train.paths, **levels, "silhouette": placed.cpu().numpy().round(3)})
-    with whole_file(self.out/"pseudo_identities.csv") as part: table.to_csv(part, index=False)
-    if not self.changes: return
-    changes = pd.DataFrame(torch.cat(self.changes).numpy(), columns=["iteration", "image", "label"])
-    with whole_file(self.out/"label_history.parquet") as part: changes.to_parquet(part, index=False)
 
 # %% ../nbs/21_training.ipynb #0a4c1e41
 @contextmanager

@@ -272,7 +272,7 @@ def shot(
 def page(self: Findings): # HTML
     "The whole report as one page without anything outside it."
     chart = io.BytesIO(); self.draw().savefig(chart, format='png', dpi=150)
-    said = ('yes', f'Nothing is wrong. {self.verdict()}') if self.fit else ('no', f'{len(self.faults)} kinds of faults: mend them, or leave the bad images out with --skip-bad where that is said to be possible.')
+    said = ('yes', f'Nothing is wrong. {self.verdict()}') if self.fit else ('no', f'{len(self.faults)} kind{"s"*(len(self.faults) > 1)} of faults: mend them, or leave the bad images out with --skip-bad where that is said to be possible.')
     rows = ''.join(f'<div class="row">{"".join(map(shot, row))}</div>' for row in self.contact_sheet())
     table = lambda t: f'<div class="wide">{t.to_html(border=0)}</div>'
     cameras = f'<h2>Images of each camera</h2>{table(self.by_camera().rename_axis(None).rename_axis("camera", axis=1))}' if (self.table.camera >= 0).any() else ''

@@ -59,7 +59,7 @@ def kept_settings(folder): # → dict
     file = Path(folder)/"config.json"
     if not file.exists() and not (Path(folder)/"checkpoint.safetensors").exists():
         raise ValueError(f"There is no run to resume in {folder}: --resume takes the folder given as --out before.")
-    settings = read_checkpoint(Path(folder)/"checkpoint.safetensors")["more"].get("settings")
+    settings = read_checkpoint(Path(folder)/"checkpoint.safetensors", whole=False)["more"].get("settings")
     try: return settings or dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError): raise ValueError(f"{file} is missing or damaged, and the checkpoint beside it is of a version that kept no settings: the run cannot go on.") from None
 

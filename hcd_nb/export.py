@@ -25,7 +25,7 @@ import hcd_nb
 from .augmentation import MEAN, STD
 from .data import read_domain
 from .encoder import Encoder, build_encoder, extract_features, load_encoder, one_domain
-from .images import DataError, ImageStore
+from .images import DataError, ImageStore, printable
 from .training import unwritten, whole_file
 
 # %% ../nbs/26_export.ipynb #a8c77e4f
@@ -147,7 +147,7 @@ def writable(
     "Refuse a place that cannot be written."
     file = Path(file)
     if os.path.isdir(file): raise ValueError(f'{file} is a folder: name a file with --out')
-    if str(file).encode(errors='ignore').decode() != str(file): raise ValueError(f'{ascii(str(file))} is not UTF-8: choose another name with --out')
+    if str(file) != printable(file): raise ValueError(f'{ascii(str(file))} is not UTF-8: choose another name with --out')
     no_folder = next((p for p in file.parents if os.path.exists(p) and not os.path.isdir(p)), None)
     if no_folder: raise ValueError(f'{file} cannot be written, since {no_folder} is no folder: choose another name with --out')
     try:

@@ -27,7 +27,7 @@ from .configs import choose_device
 from .data import locate, read_csv
 from .encoder import extract_features, load_encoder, one_domain
 from .export import run_file, told, writable
-from .images import DataError, image_fault, image_files, in_threads, one_ahead, read_image
+from .images import DataError, image_fault, image_files, in_threads, one_ahead, printable, read_image
 from .neighbors import knn
 from .training import whole_file
 
@@ -40,7 +40,7 @@ def list_images(
     place = locate(where, doctor)
     files = [] if place.is_file() else image_files(place)
     shown = [f.relative_to(place).as_posix() for f in files]
-    if odd := [s for s in [str(place), *shown] if s.encode(errors='ignore').decode() != s]: doctor.refuse(f'not UTF-8: {few(odd)}', 'rename files and folders so that their names are')
+    if odd := [s for s in shown if s != printable(s)]: doctor.refuse(f'not UTF-8: {few(odd)}', 'rename files and folders so that their names are')
     if place.is_file(): return read_csv(place, doctor)
     if not files: doctor.refuse('no images here', 'name a folder that holds some')
     who, seen = zip(*[parse_name(f.name) or (-1, parse_camera(s)) for f, s in zip(files, shown)])

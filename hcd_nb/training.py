@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
@@ -394,12 +394,15 @@ def save_checkpoint(trainer, # Trainer
     with whole_file(file) as part: save_file(tensors, part, metadata={"state": json.dumps(tree)})
 
 # %% ../nbs/21_training.ipynb #0a4c1e23
-def read_checkpoint(file, # path that save_checkpoint wrote
-                    ) -> dict: # the state
+def read_checkpoint(file,       # path that save_checkpoint wrote
+                    whole=True, # False: the header alone, which is read at once; tensors by their names
+                    ) -> dict:  # the state
     "The state in a checkpoint; raises ValueError where there is none, or it cannot be read."
     if not Path(file).exists(): raise ValueError(f"{file} is missing: the run was stopped before its first checkpoint; start it again, without --resume.")
     try:
-        with open(file, "rb"), safe_open(file, "pt") as f: return unpack(json.loads(f.metadata()["state"]), {k: f.get_tensor(k) for k in f.keys()})
+        with open(file, "rb"), safe_open(file, "pt") as f:
+            tree = json.loads(f.metadata()["state"])
+            return unpack(tree, {k: f.get_tensor(k) for k in f.keys()}) if whole else tree
     except OSError as e: raise ValueError(f"{file} cannot be opened ({e.strerror}): see who may read it. Nothing in it has changed.") from None
     except Exception as e: raise ValueError(f"{file} is no checkpoint of hcd_train, or damaged ({type(e).__name__}): put a copy in its place, or move it away and start the run again, without --resume.") from None
 
@@ -582,9 +585,9 @@ def check_same(self:Run,
     for what, kept in more.get("pictures", {}).items():
         now = self.pictures.get(what, [0, ""])
         if now != kept: raise ValueError(f"The pictures of the {what} {getattr(self.config, what)} are not those that {self.out} was trained with ({kept[0]} then, {now[0]} now; names, sizes or cameras differ): put them back as they were, or start a new run.")
-    fixed = {k: v for k, v in asdict(self.config).items() if k not in (*MAY_CHANGE, "source", "target", "precision", "skip_bad", "label_history")}
     for name, value in more.get("settings", {}).items():
-        if name in fixed and fixed[name] != value: raise ValueError(f"{self.out} was trained with {name}={value}, not {fixed[name]}: a run goes on with its own settings; start a new one for others.")
+        now = getattr(self.config, name, value)
+        if now != value and name not in (*MAY_CHANGE, "source", "target", "precision", "skip_bad", "label_history"): raise ValueError(f"{self.out} was trained with {name}={value}, not {now}: a run goes on with its own settings; start a new one for others.")
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-16
 @patch

@@ -38,10 +38,10 @@ def list_images(
 ): # table: path, shown, identity, camera
     "The pictures of a folder or a table."
     place = locate(where, doctor)
-    files = [] if place.is_file() else image_files(place)
+    if place.is_file(): return read_csv(place, doctor)
+    files = image_files(place)
     shown = [f.relative_to(place).as_posix() for f in files]
     if odd := [s for s in shown if s != printable(s)]: doctor.refuse(f'not UTF-8: {few(odd)}', 'rename files and folders so that their names are')
-    if place.is_file(): return read_csv(place, doctor)
     if not files: doctor.refuse('no images here', 'name a folder that holds some')
     who, seen = zip(*[parse_name(f.name) or (-1, parse_camera(s)) for f, s in zip(files, shown)])
     return pd.DataFrame(dict(path=[str(f) for f in files], shown=shown, identity=who, camera=seen))

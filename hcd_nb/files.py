@@ -39,7 +39,7 @@ def atomic_write(
     "Give a file its name when all of it is written; raises ValueError where it cannot be"
     file = Path(file)
     part = file.with_name(f'.part-{file.name}')
-    if file.exists() and not file.is_file(): raise ValueError(f'{file} is no file that could be replaced: name another.')
+    if os.path.exists(file) and not os.path.isfile(file): raise ValueError(f'{file} is no file that could be replaced: name another.')
     try:
         part.unlink(missing_ok=True)
         part.touch()
@@ -53,7 +53,7 @@ def atomic_write(
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
 
-# %% ../nbs/00_files.ipynb #a43034ce
+# %% ../nbs/00_files.ipynb #20caf12e
 def _try_place(place, folder): # what keeps a place from being written (str), or None
     try:
         if not folder and os.path.exists(place) and not os.path.isfile(place): return 'it is a folder or a device'

@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'CLAIMS', 'market_parts', 'veri_parts', 'msmt_folders', 'msmt_lists', 'cuhk_kinds', 'Published',
            'split_claim', 'parse_name', 'parse_camera', 'few', 'Doctor', 'image_rows', 'named_rows', 'nameable',
-           'read_parts', 'msmt_version', 'read_msmt17', 'read_cuhk03', 'read_cuhk03_mat', 'known_layout', 'read_known',
-           'differences']
+           'read_parts', 'msmt_version', 'read_msmt17', 'read_cuhk03', 'read_mat', 'read_cuhk03_mat', 'known_layout',
+           'read_known', 'differences']
 
 # %% ../nbs/01_catalog.ipynb #3e20d91c
 import os
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from .images import DataError, image_files, printable
+from .checks import is_known, whole_numbers
+from .images import DataError, image_files, is_utf8, printable
 
 # %% ../nbs/01_catalog.ipynb #b7bef347
 class Published(NamedTuple):
@@ -46,7 +50,7 @@ def split_claim(
 ): # (name of CLAIMS or '', the rest)
     "Separate the name of a published set from a path."
     m = re.fullmatch(r'([A-Za-z][\w-]+):(.+)', str(where))
-    if not m or Path(where).exists(): return '', str(where)
+    if not m or os.path.exists(where): return '', str(where)
     if m[1].lower() not in CLAIMS: raise DataError(f'{where}: there is no published set {m[1]!r}; the names are {", ".join(CLAIMS)}, or give the path alone')
     return m[1].lower(), m[2]
 
@@ -55,7 +59,7 @@ def parse_name(
     name, # file name without folders
 ): # (identity, camera), or None if the name is not of this kind
     "Identity and camera from a name in the manner of Market-1501 or DukeMTMC-reID."
-    m = re.match(r'(-1|\d+)_c(\d+)(s\d+)?[_.]', name, re.IGNORECASE)
+    m = re.match(r'(-1|\d{1,18})_c(\d{1,18})(s\d+)?[_.]', name, re.IGNORECASE)
     return (int(m[1]), int(m[2])) if m else None
 
 # %% ../nbs/01_catalog.ipynb #84e95a65
@@ -63,7 +67,7 @@ def parse_camera(
     name, # file name, with folders if they matter
 ): # int, -1 if none is named
     "Camera number from a mark such as `_c3`."
-    m = re.search(r'(?:^|[_/])c(\d+)(?=s\d|[_./-]|$)', name, re.IGNORECASE)
+    m = re.search(r'(?:^|[_/])c(\d{1,18})(?=s\d|[_./-]|$)', name, re.IGNORECASE)
     return int(m[1]) if m else -1
 
 # %% ../nbs/01_catalog.ipynb #8c591e3d
@@ -134,7 +138,7 @@ def nameable(
     doctor, # Doctor
 ): # the table without names that cannot be written into a run's files
     "See that all paths are UTF-8; old archives bring others."
-    return doctor.leave_out(table, [p != printable(p) for p in table.path], 'have names that are not UTF-8', 'rename them')
+    return doctor.leave_out(table, [not is_utf8(p) for p in table.path], 'have names that are not UTF-8', 'rename them')
 
 # %% ../nbs/01_catalog.ipynb #dd2fb106
 def read_parts(
@@ -164,6 +168,16 @@ def msmt_version(folder, doctor): # msmt17-v1 or msmt17-v2
     if missing: doctor.refuse(f'{PUBLISHED[found[0]].title}, without {" and ".join(missing)}', 'unpack the whole archive again')
     return found[0]
 
+# %% ../nbs/01_catalog.ipynb #80c56794
+def _list_lines(file, doctor): # list of (path, number of the person) of one list of MSMT17
+    try: text = file.read_text(encoding='utf8')
+    except (OSError, ValueError) as e: doctor.refuse(f'{file.name} cannot be read ({getattr(e, "strerror", None) or "it is no UTF-8 text"})', 'unpack the whole archive again')
+    lines = [l.split() for l in text.splitlines() if l.strip()]
+    fits = lambda l: len(l) == 2 and re.fullmatch('[0-9]{1,9}', l[1]) and re.match(r'[0-9]+_[0-9]+_[0-9]{1,9}_', Path(l[0]).name)
+    wrong = [' '.join(l)[:80] for l in lines if not fits(l)]
+    if wrong: doctor.refuse(f'{file.name} has lines that are not of MSMT17: {few(wrong)}', 'lines are like 0000/0000_000_01_0303morning_0008_0.jpg 0')
+    return lines
+
 # %% ../nbs/01_catalog.ipynb #c83e4b6e
 def read_msmt17(
     folder, # Path with four lists and two folders
@@ -172,9 +186,7 @@ def read_msmt17(
     "Images of MSMT17, by its lists."
     version, tables = msmt_version(folder, doctor), []
     for name, split in msmt_lists.items():
-        lines = [l.split() for l in (folder / f'{name}.txt').read_text().splitlines() if l.strip()]
-        wrong = [' '.join(l) for l in lines if len(l) != 2 or not l[1].isdigit() or not re.match(r'\d+_\d+_\d+_', Path(l[0]).name)]
-        if wrong: doctor.refuse(f'{name}.txt has lines that are not of MSMT17: {few(wrong)}', 'lines are like 0000/0000_000_01_0303morning_0008_0.jpg 0')
+        lines = _list_lines(folder / f'{name}.txt', doctor)
         place, first = msmt_folders[version][split != 'train'], 1 if split == 'train' else 1 + PUBLISHED[version].train[1]
         tables.append(image_rows(folder, [folder / place / p for p, _ in lines], [(int(i) + first, int(Path(p).name.split('_')[2])) for p, i in lines], split))
     rows = pd.concat(tables, ignore_index=True)
@@ -197,18 +209,55 @@ def read_cuhk03(
     if (folder / kind).is_dir(): return read_parts(folder / kind, doctor), f'cuhk03-np-{kind}'
     return read_cuhk03_mat(folder, kind, doctor), f'cuhk03-np-{kind}'
 
+# %% ../nbs/01_catalog.ipynb #9f7f7ccd
+_mat_numbers = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), ('i1', '<u1', '<i2', '<u2', '<i4', '<u4', '<f4', '<f8', '<i8', '<u8')))
+_mat_texts = {2: 'latin1', 4: 'utf-16-le', 16: 'utf8', 17: 'utf-16-le'}
+
+def _mat_elements(data): # yields (kind, content) of a stretch of such a file
+    at = 0
+    while at + 8 <= len(data):
+        kind, n = struct.unpack_from('<II', data, at)
+        kind, n, start = (kind & 0xffff, kind >> 16, at + 4) if kind >> 16 else (kind, n, at + 8)
+        if start + n > len(data): raise ValueError('an element is longer than the file')
+        if kind == 15: yield from _mat_elements(zlib.decompressobj().decompress(data[start:start + n], 2**26))
+        else: yield kind, data[start:start + n]
+        at = start + n if kind == 15 else start + n + -(start + n) % 8
+
+def _mat_matrix(data): # (name, array of numbers, text, or list of cells; None for another kind)
+    (_, flags), _, (_, name), *parts = _mat_elements(data)
+    of = flags[0]
+    if of == 1: value = [_mat_matrix(cell)[1] for _, cell in parts]
+    elif of == 4: value = bytes(parts[0][1]).decode(_mat_texts[parts[0][0]]) if parts else ''
+    else: value = np.frombuffer(parts[0][1], _mat_numbers[parts[0][0]]) if 6 <= of <= 15 else None
+    return bytes(name).decode(), value
+
+def read_mat(
+    file, # .mat
+): # dict: numbers, texts and cells by name
+    "What a MATLAB file of version 5 holds; damaged ones raise errors of many kinds."
+    data = Path(file).read_bytes()
+    if data[126:128] != b'IM': raise ValueError('not a MATLAB file of version 5')
+    return dict(_mat_matrix(content) for kind, content in _mat_elements(data[128:]) if kind == 14)
+
+# %% ../nbs/01_catalog.ipynb #e3bd4f1f
+def _protocol(file): # names, identities, cameras, and the numbers of the pictures of each part
+    m = read_mat(file)
+    names = m['filelist']
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names): raise ValueError('no names')
+    who, camera = (whole_numbers(m[k], k, n=len(names), lowest=1).numpy() for k in ('labels', 'camId'))
+    parts = {s: whole_numbers(m[f'{s}_idx'], s, lowest=1).numpy() - 1 for s in ('train', 'query', 'gallery')}
+    if max(at.max(initial=0) for at in parts.values()) >= len(names): raise ValueError('numbers beyond the last picture')
+    return names, who, camera, parts
+
 # %% ../nbs/01_catalog.ipynb #0b069125
 def read_cuhk03_mat(folder, kind, doctor): # table of images
     "Images of CUHK03 that a .mat file splits."
-    from scipy.io import loadmat
     file = folder / f'cuhk03_new_protocol_config_{kind}.mat'
     if not file.is_file(): doctor.refuse(f'images_{kind} without {file.name}', 'put that file of the new protocol beside the folder')
-    m = loadmat(file)
-    names, who, camera = [str(n[0]) for n in m['filelist'].ravel()], m['labels'].ravel().astype(int), m['camId'].ravel().astype(int)
-    def part(split):
-        at = m[f'{split}_idx'].ravel().astype(int) - 1
-        return image_rows(folder, [folder / f'images_{kind}' / names[i] for i in at], zip(who[at], camera[at]), split)
-    rows = pd.concat([part(s) for s in ('train', 'query', 'gallery')], ignore_index=True)
+    try: names, who, camera, parts = _protocol(file)
+    except Exception as e: doctor.refuse(f'{file.name} is damaged, or not that of the new protocol ({getattr(e, "strerror", None) or type(e).__name__})', 'copy it again')
+    part = lambda s, at: image_rows(folder, [folder / f'images_{kind}' / names[i] for i in at], zip(who[at], camera[at]), s)
+    rows = pd.concat([part(s, at) for s, at in parts.items()], ignore_index=True)
     return doctor.leave_out(rows, [not os.path.exists(p) for p in rows.path], f'of {file.name} are not in images_{kind}', 'extract all pictures again')
 
 # %% ../nbs/01_catalog.ipynb #992069a7
@@ -243,7 +292,7 @@ def differences(
     out = []
     for split in ('train', 'query', 'gallery'):
         ids = table.identity[table.split == split]
-        for have, ought, what in zip((len(ids), ids[ids > 0].nunique()), getattr(published, split), ('images', 'identities')):
+        for have, ought, what in zip((len(ids), ids[is_known(ids)].nunique()), getattr(published, split), ('images', 'identities')):
             if have != ought: out.append(f'{split} has {have:,} {what} instead of {ought:,}')
     cameras = table.camera[table.camera >= 0].nunique()
     return out + ([f'{cameras} cameras instead of {published.cameras}'] if cameras != published.cameras else [])

@@ -73,7 +73,7 @@ def parse_camera(
 # %% ../nbs/01_catalog.ipynb #8c591e3d
 def few(names, n=3):
     "Some names, and how many more."
-    names = [printable(x) for x in names]
+    names = [printable(x if len(str(x)) <= 200 else f'{str(x)[:199]}…') for x in names]
     return ', '.join(names[:n]) + (f' and {len(names) - n:,} more' if len(names) > n else '')
 
 class Doctor:
@@ -168,7 +168,7 @@ def msmt_version(folder, doctor): # msmt17-v1 or msmt17-v2
     if missing: doctor.refuse(f'{PUBLISHED[found[0]].title}, without {" and ".join(missing)}', 'unpack the whole archive again')
     return found[0]
 
-# %% ../nbs/01_catalog.ipynb #80c56794
+# %% ../nbs/01_catalog.ipynb #cba23750
 def _list_lines(file, doctor): # list of (path, number of the person) of one list of MSMT17
     try: text = file.read_text(encoding='utf8')
     except (OSError, ValueError) as e: doctor.refuse(f'{file.name} cannot be read ({getattr(e, "strerror", None) or "it is no UTF-8 text"})', 'unpack the whole archive again')
@@ -209,7 +209,7 @@ def read_cuhk03(
     if (folder / kind).is_dir(): return read_parts(folder / kind, doctor), f'cuhk03-np-{kind}'
     return read_cuhk03_mat(folder, kind, doctor), f'cuhk03-np-{kind}'
 
-# %% ../nbs/01_catalog.ipynb #9f7f7ccd
+# %% ../nbs/01_catalog.ipynb #9e910f7a
 _mat_numbers = dict(zip((1, 2, 3, 4, 5, 6, 7, 9, 12, 13), ('i1', '<u1', '<i2', '<u2', '<i4', '<u4', '<f4', '<f8', '<i8', '<u8')))
 _mat_texts = {2: 'latin1', 4: 'utf-16-le', 16: 'utf8', 17: 'utf-16-le'}
 
@@ -239,7 +239,7 @@ def read_mat(
     if data[126:128] != b'IM': raise ValueError('not a MATLAB file of version 5')
     return dict(_mat_matrix(content) for kind, content in _mat_elements(data[128:]) if kind == 14)
 
-# %% ../nbs/01_catalog.ipynb #e3bd4f1f
+# %% ../nbs/01_catalog.ipynb #589b7111
 def _protocol(file): # names, identities, cameras, and the numbers of the pictures of each part
     m = read_mat(file)
     names = m['filelist']

@@ -23,7 +23,7 @@ from .catalog import Doctor, few, image_rows, known_layout, nameable, named_rows
 from .checks import is_known, whole_numbers
 from .images import DataError, file_names, image_fault, image_files, in_threads, is_utf8, suffixes
 
-# %% ../nbs/01_data.ipynb #cfe72adb
+# %% ../nbs/01_data.ipynb #32120fa3
 def _numbers(values, what, n=None, lowest=-1): # as `whole_numbers`, on the CPU
     try: return whole_numbers(values, what, n, lowest, device='cpu')
     except ValueError as e: raise DataError(str(e)) from None
@@ -96,7 +96,7 @@ def table(self: Domain): # DataFrame, one row for each part
     parts = dict(train=self.train, query=self.query, gallery=self.gallery)
     return pd.DataFrame({name: counts(s) for name, s in parts.items() if s is not None}).T
 
-# %% ../nbs/01_data.ipynb #6a33e1f5
+# %% ../nbs/01_data.ipynb #bf97e12b
 MISSING = ('nan', 'na', 'n/a', '<na>', 'nat', 'none', 'null', '#n/a') # words for a missing value, in any case
 
 def sort_words(
@@ -133,7 +133,7 @@ def as_numbers(
     _say_numbers(values, what, ways, blank, [v for v in nobody if nobody[v] == 0], words if len(whole) > len(nobody) else [], first, doctor)
     return [number[v] for v in values]
 
-# %% ../nbs/01_data.ipynb #5f4550af
+# %% ../nbs/01_data.ipynb #7d89c1ab
 def _say_numbers(values, what, ways, blank, zero, words, first, doctor):
     count = lambda some: sum(map(values.count, some))
     if blank: doctor.notes.append(f'{what} {few(blank)} is read as unknown (images: {count(blank):,}); call it otherwise if it is a name')
@@ -141,7 +141,7 @@ def _say_numbers(values, what, ways, blank, zero, words, first, doctor):
     if ways: doctor.notes.append(f'{what}: one number is spelt in two ways ({" and ".join(ways[:2])}), so all are read as names and numbered from 1 in sorted order')
     elif words: doctor.notes.append(f'{what}: numbers are kept, and what is no whole number ({few(words)}) is numbered from {first} on')
 
-# %% ../nbs/01_data.ipynb #7749d8a3
+# %% ../nbs/01_data.ipynb #182ec2cd
 LEAST = 16 # images of a target, identities of a labelled source
 _cameras = {'cam', 'cams', 'camera', 'cameras', 'kamera', 'webcam', 'ipcam', 'cctv'}
 _splits = {'train', 'training', 'trainset', 'trainval', 'val', 'valid', 'validation', 'dev', 'test', 'testing', 'testset', 'query', 'queries', 'gallery', 'probe', 'probes', 'eval', 'evaluation'}
@@ -156,7 +156,7 @@ def named_like(
     left = {w for w in words if len(w) > 1 or w.isdigit()} - _beside
     return 'parts of a set' if left and left <= _splits else ''
 
-# %% ../nbs/01_data.ipynb #d3f8b1ec
+# %% ../nbs/01_data.ipynb #16bb687e
 def _people_below(inner): # inner: paths from the set's folder on → (folder names that recur below several of those on top, people in the names of the files)
     above, people = {}, set()
     for f in inner:
@@ -229,6 +229,7 @@ def _csv_columns(file, doctor):
     try: content = file.read_bytes()
     except OSError as e: doctor.refuse(f'the table cannot be opened ({e.strerror.lower()})', 'name one that you may read')
     if b'\0' in content: doctor.refuse('the table holds zero bytes, as text in UTF-16 does', 'save it as comma-separated UTF-8 text')
+    if content[:10**6].split(b'\n', 1)[0].count(b',') > 999: doctor.refuse('more than 1,000 columns', 'keep path, identity, camera and split')
     try: t = pd.read_csv(io.BytesIO(content), header=None, dtype=str, encoding='utf-8-sig', skipinitialspace=True, keep_default_na=False)
     except ValueError as e: doctor.refuse(f'not a readable table ({str(e).strip().splitlines()[0][:200]})', 'save it as comma-separated UTF-8 text with a header')
     t.columns = [str(c).strip().lower() for c in t.iloc[0]]

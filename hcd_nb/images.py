@@ -98,7 +98,7 @@ def _to_rgb(image):
     if image.mode == 'P': image = image.convert('RGBA')
     return image if image.mode == 'RGB' else image.convert('RGB')
 
-# %% ../nbs/00_images.ipynb #7a121d54
+# %% ../nbs/00_images.ipynb #8379d183
 LARGEST, LONGEST = 2**26, 2**16 # pixels of a picture; of one of its sides
 
 def size_fault(
@@ -159,7 +159,7 @@ def in_threads(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     with ThreadPoolExecutor(min(8, cores)) as pool: return list(pool.map(function, items))
 
-# %% ../nbs/00_images.ipynb #bc0af47e
+# %% ../nbs/00_images.ipynb #30c2a88c
 def picture_digests(
     paths, # N file names
 ): # list of N str, 64 hexadecimal digits each
@@ -207,7 +207,7 @@ def room_for(
     if need < (memory() / 2 if limit is None else limit): return torch.empty(shape, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(prefix='hcd_nb_') as file: return torch.from_file(file.name, shared=True, size=need, dtype=torch.uint8).view(shape)
 
-# %% ../nbs/00_images.ipynb #b1731962
+# %% ../nbs/00_images.ipynb #e1740d27
 def file_names(
     paths, # N names, str or Path
 ): # list of N str

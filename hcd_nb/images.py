@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def _to_rgb(image):
     if image.mode == 'P': image = image.convert('RGBA')
     return image if image.mode == 'RGB' else image.convert('RGB')
 
-# %% ../nbs/00_images.ipynb #8379d183
+# %% ../nbs/00_images.ipynb #be2cad28
 LARGEST, LONGEST = 2**26, 2**16 # pixels of a picture; of one of its sides
 
 def size_fault(
@@ -159,7 +160,7 @@ def in_threads(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     with ThreadPoolExecutor(min(8, cores)) as pool: return list(pool.map(function, items))
 
-# %% ../nbs/00_images.ipynb #30c2a88c
+# %% ../nbs/00_images.ipynb #ce3696ef
 def picture_digests(
     paths, # N file names
 ): # list of N str, 64 hexadecimal digits each
@@ -207,7 +208,7 @@ def room_for(
     if need < (memory() / 2 if limit is None else limit): return torch.empty(shape, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(prefix='hcd_nb_') as file: return torch.from_file(file.name, shared=True, size=need, dtype=torch.uint8).view(shape)
 
-# %% ../nbs/00_images.ipynb #e1740d27
+# %% ../nbs/00_images.ipynb #295cc8e3
 def file_names(
     paths, # N names, str or Path
 ): # list of N str
@@ -216,7 +217,7 @@ def file_names(
     paths = list(paths)
     odd = [p for p in paths if not isinstance(p, (str, os.PathLike))]
     if odd: raise DataError(f'the paths hold {odd[0]!r}: give the name of a file for each image')
-    return [os.fspath(p) for p in paths]
+    return [str(os.fspath(p)) for p in paths]
 
 # %% ../nbs/00_images.ipynb #7673e048
 class ImageStore:
@@ -225,7 +226,8 @@ class ImageStore:
         paths, # N file names
         size=(256, 128), # (height, width) in pixels
     ):
-        self.paths, self.size = file_names(paths), tuple(whole_numbers(size, 'numbers of the size (height, width)', n=2, lowest=1).tolist())
+        self.paths, self.size = file_names(paths), tuple(size)
+        if len(self.size) != 2 or not all(isinstance(s, Integral) and s > 0 for s in self.size): raise DataError(f'the size of the pictures is {self.size}: give (height, width) in whole pixels')
         self.pixels = room_for((len(self.paths), 3, *self.size))
         self.ready = torch.zeros(len(self.paths), dtype=torch.bool)
 

@@ -9,7 +9,7 @@ __all__ = ['neighbourhood', 'from_first', 'forward', 'merge_candidates', 'merge_
 # %% ../nbs/15_merge.ipynb #988b0e7b
 import torch
 
-from .checks import check_norms
+from .checks import check_norms, feature_rows
 from .neighbors import cosines_within, knn
 from .propagation import affinity, mutual_top_k, propagate
 
@@ -22,7 +22,8 @@ def neighbourhood(
     "The nearest rows of each image, and their similarity to each other; raises ValueError for rows that have not norm 1"
     near = knn(features[indices], features, k, own=indices, check=False)[1]
     cosines = cosines_within(features, near)
-    check_norms(cosines.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().flatten(), rows=near.flatten())
+    try: check_norms(cosines.diagonal(dim1=1, dim2=2).sqrt().flatten(), rows=near.flatten())
+    except ValueError: feature_rows(features); raise
     return near, cosines
 
 # %% ../nbs/15_merge.ipynb #8122abb1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['matches_and_ignored', 'at_least', 'hit_positions', 'average_precision', 'cmc_curve', 'inverse_negative_penalty',
-           'RetrievalScores', 'evaluate', 'camera_means', 'normalise_cameras', 'bootstrap_interval',
+           'RetrievalScores', 'cosines', 'evaluate', 'camera_means', 'normalise_cameras', 'alone', 'bootstrap_interval',
            'adjusted_rand_index', 'homogeneity_completeness', 'label_quality']
 
 # %% ../nbs/03_evaluation.ipynb #49ac0dd2
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from .checks import as_tensor, feature_rows, is_known, unit_rows, whole_numbers, whole_rows
 
 # %% ../nbs/03_evaluation.ipynb #c43366a4
 def matches_and_ignored(
@@ -114,20 +115,11 @@ def __repr__(self: RetrievalScores):
     return f'mAP{area} {100 * self.mAP:.2f} %  {ranks}  mINP {100 * self.mINP:.2f} %  ({self.n_queries} queries{left})'
 
 # %% ../nbs/03_evaluation.ipynb #28df4be7
-def _checked_side(features, ids, cameras, side):
-    if features.ndim != 2 or not len(features):
-        raise ValueError(f'the {side} features have shape {tuple(features.shape)}: give one row for each image, (N, d) with N > 0')
-    n, device = len(features), features.device
-    ids = torch.as_tensor(ids, device=device).long()
-    cameras = torch.full((n,), -1, device=device) if cameras is None else torch.as_tensor(cameras, device=device).long()
-    for name, values in (('identities', ids), ('cameras', cameras)):
-        if values.shape != (n,):
-            raise ValueError(f'{n} {side} features but {side} {name} of shape {tuple(values.shape)}: give one for each feature row')
-    broken = (~features.isfinite().all(1)).nonzero().flatten()
-    if len(broken):
-        raise ValueError(f'{len(broken)} of {n} {side} features hold NaN or infinity, the first in row {broken[0]}: '
-                         'look at the encoder, a training run may have diverged')
-    return F.normalize(features.float(), dim=1), ids, cameras
+def _checked_side(features, ids, cameras, side): # rows of whole numbers (N, d) int32; identities and cameras (N,) int64
+    x = feature_rows(features, f'{side} features')
+    cameras = torch.full((len(x),), -1) if cameras is None else cameras
+    numbers = [whole_numbers(v, f'{side} {what}', len(x), device=x.device) for v, what in ((ids, 'identities'), (cameras, 'cameras'))]
+    return whole_rows(x), *numbers
 
 # %% ../nbs/03_evaluation.ipynb #c5e03418
 def _no_match_sentence(query_ids, query_cameras, gallery_ids):
@@ -138,6 +130,20 @@ def _no_match_sentence(query_ids, query_cameras, gallery_ids):
             f'{same_camera} only images from their own camera, {int(unknown.sum())} have no identity (-1). '
             'If you have no camera labels, give None (or -1) for the cameras: then images of the same camera count.')
 
+# %% ../nbs/03_evaluation.ipynb #aca811f1
+def cosines(
+    queries, # (Q, d) int32 from `checks.whole_rows`
+    gallery, # (G, d) int32 from `checks.whole_rows`
+    block=4096, # rows of the gallery at a time
+): # (Q, G) float32
+    "Cosines that depend on the two rows alone."
+    norm = lambda rows: torch.linalg.vector_norm(rows, dim=1).clamp(min=1)
+    out, q = torch.empty(len(queries), len(gallery), device=queries.device), queries.double()
+    for at in range(0, len(gallery), block):
+        rows = gallery[at:at + block].double()
+        out[:, at:at + block] = (q @ rows.T).div_(norm(rows)).div_(norm(q)[:, None])
+    return out
+
 # %% ../nbs/03_evaluation.ipynb #9912d88d
 def _positions_in_tiles(query, gallery, tile):
     (q, q_ids, q_cameras), (g, g_ids, g_cameras) = query, gallery
@@ -145,28 +151,29 @@ def _positions_in_tiles(query, gallery, tile):
     for at in range(0, len(q), tile):
         s = slice(at, at + tile)
         match, ignored = matches_and_ignored(q_ids[s], q_cameras[s], g_ids, g_cameras)
-        parts.append(hit_positions(q[s] @ g.T, match, ignored))
+        parts.append(hit_positions(cosines(q[s], g), match, ignored))
     width = max(p.shape[1] for p, _ in parts)
     return torch.cat([F.pad(p, (0, width - p.shape[1])) for p, _ in parts]), torch.cat([n for _, n in parts])
 
 # %% ../nbs/03_evaluation.ipynb #97e83bbc
 @torch.no_grad()
 def evaluate(
-    query_features, # (Q, d) float
-    query_ids, # (Q,) int; -1 = unknown
-    query_cameras, # (Q,) int, -1 = unknown; None: all unknown
-    gallery_features, # (G, d) float
-    gallery_ids, # (G,) int; -1 = junk, left out of every ranking
-    gallery_cameras, # (G,) int, -1 = unknown; None: all unknown
+    query_features, # (Q, d) numbers: tensor or array, rows of any length
+    query_ids, # (Q,) whole numbers; -1 = unknown
+    query_cameras, # (Q,) whole numbers, -1 = unknown; None: all unknown
+    gallery_features, # (G, d) numbers
+    gallery_ids, # (G,) whole numbers; -1 = junk, left out of every ranking, 0 = distractor
+    gallery_cameras, # (G,) whole numbers, -1 = unknown; None: all unknown
     ap='market', # 'market' (steps) or 'trapezoid'
     max_rank=50, # length of the CMC curve
     tile=None, # queries at a time; None: about 4 million similarities on a processor, 32 million on a GPU
 ): # RetrievalScores over the queries that have a match
-    "Score the rankings of a gallery for every query, by cosine similarity."
+    "Score the rankings of a gallery for every query, by cosine similarity; raises ValueError for what cannot be scored"
     query = _checked_side(query_features, query_ids, query_cameras, 'query')
     gallery = _checked_side(gallery_features, gallery_ids, gallery_cameras, 'gallery')
     if query[0].shape[1] != gallery[0].shape[1]:
         raise ValueError(f'query features have {query[0].shape[1]} columns, gallery features {gallery[0].shape[1]}: use one encoder for both')
+    if max_rank < 1 or (tile or 1) < 1: raise ValueError(f'max_rank is {max_rank} and tile is {tile}: both are 1 or more')
     tile = tile or max(1, (2**22 if query[0].device.type == 'cpu' else 2**25) // len(gallery[0]))
     positions, n_matches = _positions_in_tiles(query, gallery, tile)
     queries = n_matches.nonzero().flatten()
@@ -179,12 +186,10 @@ def evaluate(
 # %% ../nbs/03_evaluation.ipynb #d69f683a
 def camera_means(
     rows, # (N, d) float unit rows
-    cameras, # (N,) int; -1 = unknown
+    cameras, # (N,) whole numbers; -1 = unknown
 ): # means (C + 1, d), the last of all images; (N,) int64, which of them belongs to each row
-    "The mean row of each camera."
-    cameras = torch.as_tensor(cameras, device=rows.device)
-    if cameras.shape != (len(rows),):
-        raise ValueError(f'{len(rows)} features but cameras of shape {tuple(cameras.shape)}: give one for each feature row')
+    "The mean row of each camera; raises ValueError where cameras are no whole numbers, or not one for each row"
+    cameras = whole_numbers(cameras, 'cameras', len(rows), device=rows.device)
     which = torch.full((len(rows),), -1, device=rows.device)
     groups = [own for own in (cameras == c for c in cameras[cameras >= 0].unique()) if own.sum() > 1]
     for i, own in enumerate(groups): which[own] = i
@@ -192,27 +197,36 @@ def camera_means(
     return means, which % len(means)
 
 def normalise_cameras(
-    features, # (N, d) float, queries and gallery together
-    cameras, # (N,) int; -1 = unknown
+    features, # (N, d) numbers, queries and gallery together; rows of any length
+    cameras, # (N,) whole numbers; -1 = unknown
 ): # (N, d) float32 unit rows
-    "Remove each camera's mean from its features and scale to unit rows again."
-    x = F.normalize(features.float(), dim=1)
+    "Remove each camera's mean from its features and scale to unit rows again; raises ValueError as `camera_means` does"
+    x = unit_rows(features)
     means, which = camera_means(x, cameras)
     return F.normalize(x - means[which], dim=1)
 
+# %% ../nbs/03_evaluation.ipynb #6fdb28d7
+def alone(
+    numbers, # (N,) int64, -1 where an image belongs to no group
+): # (N,) int64, each -1 replaced by a number of its own
+    "Give every image without a group a group of its own."
+    nobody = numbers < 0
+    return numbers.masked_scatter(nobody, numbers.clamp(min=-1).amax(0, keepdim=True) + nobody.cumsum(0)[nobody]) if nobody.any() else numbers
+
 # %% ../nbs/03_evaluation.ipynb #d6aec190
 def bootstrap_interval(
-    ap, # (Q,) float, one value for each scored query
+    ap, # (Q,) finite numbers, one for each scored query
     n=1000, # resamples
     level=.95, # share of resampled means inside the interval, 0..1
     generator=None, # torch.Generator on the CPU; None: one with seed 0
-    groups=None, # (Q,) int, such as query identities: drawn as wholes; None: queries drawn singly
+    groups=None, # (Q,) whole numbers, such as query identities: drawn as wholes, each -1 by itself; None: queries drawn singly
 ): # (low, high) floats
-    "Interval of the mean of `ap` by resampling queries, or groups of them."
-    ap = torch.as_tensor(ap).double().cpu()
-    if not len(ap) or not 0 < level < 1: raise ValueError(f'a bootstrap needs at least one value and a level between 0 and 1, not {len(ap)} values at level {level}')
+    "Interval of the mean of `ap` by resampling queries, or groups of them; raises ValueError for what cannot be resampled"
+    ap = as_tensor(ap, 'average precisions').double().cpu()
+    if ap.ndim != 1 or not len(ap) or not ap.isfinite().all(): raise ValueError(f'a bootstrap needs at least one value, in one row, and all finite: these are of shape {tuple(ap.shape)}')
+    if not 0 < level < 1 or n < 1: raise ValueError(f'a bootstrap needs a level between 0 and 1 and at least one resample, not level {level} and {n} resamples')
     generator = generator or torch.Generator().manual_seed(0)
-    group = torch.arange(len(ap)) if groups is None else torch.as_tensor(groups).cpu().unique(return_inverse=True)[1]
+    group = torch.arange(len(ap)) if groups is None else alone(whole_numbers(groups, 'groups', len(ap), device='cpu')).unique(return_inverse=True)[1]
     size = group.bincount()
     total = torch.zeros(len(size), dtype=torch.double).index_add_(0, group, ap)
     draw = torch.randint(len(size), (n, len(size)), generator=generator)
@@ -222,13 +236,14 @@ def bootstrap_interval(
 
 # %% ../nbs/03_evaluation.ipynb #c97a0601
 def _cell_counts(labels, identities):
-    pairs = torch.stack([labels, identities])
-    return [x.unique(dim=-1, return_counts=True)[1].double() for x in (pairs, labels, identities)]
+    identities = whole_numbers(identities, 'identities', lowest=-2**63)
+    labels = whole_numbers(labels, 'labels', len(identities), -2**63, identities.device)
+    return [x.unique(dim=-1, return_counts=True)[1].double() for x in (torch.stack([labels, identities]), labels, identities)]
 
 # %% ../nbs/03_evaluation.ipynb #fc7495fd
 def adjusted_rand_index(
-    labels, # (N,) int, cluster of each image
-    identities, # (N,) int, its identity
+    labels, # (N,) whole numbers, cluster of each image
+    identities, # (N,) whole numbers, its identity; every number is a name, 0 and -1 too
 ): # float, 1 for equal partitions, about 0 by chance
     "Agreement of two partitions on pairs of images, adjusted for chance."
     together, in_labels, in_ids = [(n * (n - 1) / 2).sum().item() for n in _cell_counts(labels, identities)]
@@ -238,8 +253,8 @@ def adjusted_rand_index(
 
 # %% ../nbs/03_evaluation.ipynb #798fa23b
 def homogeneity_completeness(
-    labels, # (N,) int, cluster of each image
-    identities, # (N,) int, its identity
+    labels, # (N,) whole numbers, cluster of each image
+    identities, # (N,) whole numbers, its identity; every number is a name, 0 and -1 too
 ): # two floats in 0..1
     "1 when clusters hold one identity each; 1 when identities lie in one cluster each."
     joint, k, c = [-(p * p.log()).sum().item() for p in (n / n.sum() for n in _cell_counts(labels, identities))]
@@ -247,16 +262,14 @@ def homogeneity_completeness(
 
 # %% ../nbs/03_evaluation.ipynb #141c75aa
 def label_quality(
-    labels, # (N,) int, cluster of each image
-    identities, # (N,) int; -1 = unknown, not counted in the first three measures
+    labels, # (N,) whole numbers, cluster of each image; each -1 is an image alone
+    identities, # (N,) whole numbers; 0 and -1 = nobody, not counted in the first three measures
 ): # dict: ari, homogeneity, completeness (floats, NaN when no identity is known), clusters (of 2 and more), singletons
-    "How well cluster labels agree with identities, and how many clusters there are."
-    labels, identities = torch.as_tensor(labels), torch.as_tensor(identities)
-    if labels.shape != identities.shape or labels.ndim != 1:
-        raise ValueError(f'labels of shape {tuple(labels.shape)} and identities of shape {tuple(identities.shape)}: give one of each for every image')
-    sizes = labels.unique(return_counts=True)[1]
-    known = identities.to(labels.device) >= 0
-    l, i = labels[known], identities.to(labels.device)[known]
+    "How well cluster labels agree with identities, and how many clusters there are; raises ValueError where they are no whole numbers or differ in length"
+    labels = alone(whole_numbers(labels, 'labels'))
+    identities = whole_numbers(identities, 'identities', len(labels), device=labels.device)
+    sizes, known = labels.unique(return_counts=True)[1], is_known(identities)
+    l, i = labels[known], identities[known]
     ari, homogeneity, completeness = (adjusted_rand_index(l, i), *homogeneity_completeness(l, i)) if len(l) else (float('nan'),) * 3
     return dict(ari=ari, homogeneity=homogeneity, completeness=completeness,
                 clusters=int((sizes > 1).sum()), singletons=int((sizes == 1).sum()))

@@ -15,14 +15,17 @@ from fastcore.basics import patch
 from scipy import sparse
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import sort_graph_by_row_values
+from .checks import as_tensor, whole_numbers
+from .evaluation import alone
 from .members import Members
 from .neighbors import encoding, k_distances, pairs_within
 
 # %% ../nbs/13_label_bank.ipynb #978b69f4
 def contiguous(
-    labels: torch.Tensor, # (N,) int64
+    labels, # (N,) whole numbers
 ) -> tuple[torch.Tensor, int]: # classes (N,) int64 in 0..C-1, numbered by first appearance; C
     "The canonical numbering of a partition"
+    labels = labels if torch.is_tensor(labels) and labels.dtype == torch.int64 else whole_numbers(labels, 'labels', lowest=-2**63)
     names, classes = torch.unique(labels, return_inverse=True)
     position = torch.arange(len(labels), device=labels.device)
     first = torch.full_like(names, len(labels)).scatter_reduce(0, classes, position, 'amin')
@@ -30,10 +33,11 @@ def contiguous(
 
 # %% ../nbs/13_label_bank.ipynb #2b860f36
 def same_partition(
-    a: torch.Tensor, # (N,) or (H, N) int64
-    b: torch.Tensor, # the same shape
+    a, # (N,) or (H, N) whole numbers
+    b, # the same shape
 ) -> bool: # True when every level of a is a renaming of the same level of b
     "Do two label vectors, or two banks of them, group the images in the same way?"
+    a, b = as_tensor(a, 'labels'), as_tensor(b, 'labels')
     if a.shape != b.shape: raise ValueError(f'partitions of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: they must label the same images at the same levels.')
     return all(torch.equal(contiguous(x)[0], contiguous(y)[0]) for x, y in zip(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])))
 
@@ -41,11 +45,12 @@ def same_partition(
 class LabelBank:
     "Hierarchical label bank $\\mathcal H$: one label per image and level, nested from fine to coarse"
     def __init__(self,
-        labels: torch.Tensor, # (H, N) int64, not negative, row 0 finest; copied
+        labels, # (H, N) whole numbers, not negative, row 0 finest; copied
     ):
-        if labels.ndim != 2 or not labels.numel() or labels.dtype != torch.int64:
-            raise ValueError(f'a label bank needs int64 labels of shape (levels, images): these are {labels.dtype} of shape {tuple(labels.shape)}.')
-        self.labels, self.cursor, self.seen, self.journal, self.reach = labels.clone(), [0]*len(labels), None, None, None
+        labels = as_tensor(labels, 'labels')
+        if labels.ndim != 2 or not labels.numel(): raise ValueError(f'a label bank needs labels of shape (levels, images): these are of shape {tuple(labels.shape)}.')
+        self.labels = torch.stack([whole_numbers(row, f'labels of level {h + 1}', lowest=-2**63) for h, row in enumerate(labels)])
+        self.cursor, self.seen, self.journal, self.reach = [0]*len(labels), None, None, None
         self.check()
         for row in self.labels:
             if row.max() >= 2*len(row): row.copy_(torch.unique(row, return_inverse=True)[1])
@@ -97,17 +102,15 @@ def __repr__(self: LabelBank): return f'LabelBank of {self.n_images} images, clu
 
 # %% ../nbs/13_label_bank.ipynb #45b170ca
 def singletons(
-    labels: torch.Tensor, # (N,) int64, -1 where an image belongs to no cluster
+    labels, # (N,) whole numbers, -1 where an image belongs to no cluster
 ) -> torch.Tensor: # (N,) int64, the same clusters, each -1 replaced by a label of its own
     "Give every image without a cluster a cluster of its own"
-    labels, alone = labels.clone(), labels < 0
-    labels[alone] = labels.max().clamp(min=-1) + 1 + torch.arange(int(alone.sum()), device=labels.device)
-    return labels
+    return alone(whole_numbers(labels, 'labels'))
 
 # %% ../nbs/13_label_bank.ipynb #45988a2b
 @patch(cls_method=True)
 def from_labels(cls: LabelBank,
-    labels: torch.Tensor, # (N,) int64; -1 becomes a singleton
+    labels, # (N,) whole numbers; -1 becomes a singleton
     levels: int = 3, # H
 ) -> LabelBank:
     "A bank with the same labels at every level"
@@ -122,7 +125,7 @@ def members(self: LabelBank,
     "The images of one cluster"
     label = torch.as_tensor(label, device=self.labels.device).reshape(1)
     lists = self.index(h)
-    return lists.of(label)[0] if label < len(lists.count) else label[:0]
+    return lists.of(label)[0] if 0 <= label < len(lists.count) else label[:0]
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-3
 @patch
@@ -143,15 +146,25 @@ def fresh(self: LabelBank,
     labels, self.cursor[h] = self.index(h).fresh(n, self.cursor[h])
     return labels
 
+# %% ../nbs/13_label_bank.ipynb #69e35eb7
+@patch
+def images(self: LabelBank,
+    indices, # (n,) whole numbers, 0..N-1
+) -> torch.Tensor: # (n,) int64, where the bank is
+    "Images named by their indices; raises ValueError for one that is not there"
+    indices = whole_numbers(indices, 'indices', lowest=0, device=self.labels.device)
+    if len(indices) and indices.max() >= self.n_images: raise ValueError(f'there is no image {int(indices.max())}: the bank has {self.n_images}, numbered from 0.')
+    return indices
+
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-5
 @patch
 def relabel(self: LabelBank,
     h: int, # level as an index: 0 finest, -1 coarsest
-    indices: torch.Tensor, # (n,) int64 distinct images
+    indices, # (n,) distinct images
     label: int | torch.Tensor, # one label for all, or (n,) labels, 0 to 2N - 1
 ) -> None:
     "Set labels at one level; moving whole lower clusters within one parent keeps the levels nested"
-    lists = self.index(h)
+    lists, indices = self.index(h), self.images(indices)
     label = torch.as_tensor(label, device=indices.device).expand(len(indices)).clone()
     if len(label) and not 0 <= label.min() <= label.max() < len(lists.count): raise ValueError(f'labels from {label.min()} to {label.max()}: a bank of {self.n_images} images uses 0 to {len(lists.count) - 1}; take one that `fresh` gives.')
     if self.journal is not None and h in (-1, self.n_levels - 1): self.journal.append((indices, self.labels[h, indices]))
@@ -170,19 +183,21 @@ def recording(self: LabelBank):
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-7
 @patch
 def detach(self: LabelBank,
-    indices: torch.Tensor, # (B,) int64 images; repeats count once
+    indices, # (B,) images; repeats count once
 ) -> None:
     "Make each image a fresh singleton at every level"
-    indices = torch.unique(indices)
+    indices = torch.unique(self.images(indices))
     for h in range(self.n_levels): self.relabel(h, indices, self.fresh(h, len(indices)))
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-8
 @patch
 def adopt(self: LabelBank,
-    j: torch.Tensor, # (B,) int64 distinct images that take labels
-    p: torch.Tensor, # (B,) int64 images that give them; read before any is written
+    j, # (B,) distinct images that take labels
+    p, # (B,) images that give them; read before any is written
 ) -> None:
     "Copy all labels of `p` to `j`"
+    j, p = self.images(j), self.images(p)
+    if len(j) != len(p): raise ValueError(f'{len(j)} images take labels and {len(p)} give some: give one for each.')
     for h in range(self.n_levels): self.relabel(h, j, self.labels[h, p])
 
 # %% ../nbs/13_label_bank.ipynb #cc320ea8
@@ -259,7 +274,7 @@ def draw_k_distances(
 # %% ../nbs/13_label_bank.ipynb #45988a2b-1
 @patch(cls_method=True)
 def from_features(cls: LabelBank,
-    features: torch.Tensor, # (N, d) unit rows
+    features, # (N, d) unit rows: tensor or array
     levels: int = 3, # H
     eps: float | tuple[float, ...] = .6, # one for all levels, or one per level, rising
     min_samples: int = 3, # images that make a core, the image itself included
@@ -267,7 +282,7 @@ def from_features(cls: LabelBank,
     k2: int = 6, # query expansion of the Jaccard distance
     index: str = 'exact', # how neighbours are found: 'exact', 'ivf' or 'hnsw'
 ) -> LabelBank:
-    "Start a bank with DBSCAN on the Jaccard distance of the features"
+    "Start a bank with DBSCAN on the Jaccard distance of the features; raises ValueError for rows that have not norm 1, and `NoClusters`"
     each = tuple(eps) if isinstance(eps, (tuple, list)) else (eps,)
     if list(each) != sorted(each) or len(each) not in (1, levels) or each[0] <= 0:
         raise ValueError(f'eps={eps} does not fit {levels} levels: give one positive number, or {levels} that rise from the finest level to the coarsest.')
@@ -299,6 +314,6 @@ def load_state_dict(self: LabelBank,
     state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, cursor and reach may be missing
 ) -> None:
     "Take over a saved bank, on this bank's device"
-    self.labels = LabelBank(state['labels'].to(self.labels.device)).labels
+    self.labels = LabelBank(as_tensor(state['labels'], 'labels').to(self.labels.device)).labels
     self.cursor = state['cursor'].tolist() if 'cursor' in state else [0]*self.n_levels
     self.reach = torch.atleast_2d(state['reach'].to(self.labels.device)) if 'reach' in state else None

@@ -8,16 +8,18 @@ __all__ = ['check_batch', 'contrastive_loss']
 # %% ../nbs/20_losses.ipynb #988b0e7b
 import torch
 from torch.nn import functional as F
+from .checks import as_tensor, check_unit, whole_numbers
 
 # %% ../nbs/20_losses.ipynb #9cf555a5
 def check_batch(
-    features: torch.Tensor, # should be (B, d) float
-    targets: torch.Tensor, # should be (B,) long, 0 to n - 1
+    features: torch.Tensor, # should be (B, d) float, unit rows; not looked at where they are not finite
+    targets, # should be (B,) whole numbers, 0 to n - 1
     d: int, # length of a class row
     n: int, # number of classes of this domain
     domain: str, # 'target' or 'source', for the sentence
-) -> None:
+) -> torch.Tensor: # targets (B,) int64
     "Raise one clear sentence when a loss cannot be computed"
+    targets = targets if torch.is_tensor(targets) and targets.dtype == torch.int64 else whole_numbers(targets, f'{domain} class numbers', device=features.device)
     if features.ndim != 2 or features.shape[1] != d:
         raise ValueError(f'{domain} features have shape {tuple(features.shape)}, but classes have {d} columns: both must come from one encoder')
     if targets.shape != features.shape[:1] or len(targets) == 0:
@@ -25,23 +27,26 @@ def check_batch(
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= n:
         raise ValueError(f'{domain} class numbers run from {low} to {high}, but there are {n} {domain} classes: number them 0 to {n - 1}')
+    if features.isfinite().all(): check_unit(features.detach(), f'{domain} features')
+    return targets
 
 # %% ../nbs/20_losses.ipynb #8c7e2501
 def contrastive_loss(
     features: torch.Tensor, # f (B, d): rows of norm 1, the only input with a gradient
-    targets: torch.Tensor, # (B,) long: class of each image within its domain, from 0
+    targets, # (B,) whole numbers: class of each image within its domain, from 0
     centres: torch.Tensor, # c_k (C_t, d): means of the bank rows of each target cluster
     prototypes: torch.Tensor = None, # w_k (C_s, d): source prototypes; None without a source
     temperature: float = .05, # τ, above 0
     domain: str = 'target', # 'target' or 'source': which classes `targets` counts
 ) -> torch.Tensor: # scalar: mean over the batch
-    "Contrastive loss (Eq. 1) of a batch of one domain"
+    "Contrastive loss (Eq. 1) of a batch of one domain; raises ValueError for rows that have not norm 1, and for classes that are not there"
+    features, centres, prototypes = (v if v is None or torch.is_tensor(v) else as_tensor(v) for v in (features, centres, prototypes))
     if domain not in ('target', 'source'): raise ValueError(f"domain is {domain!r}: it is 'target' or 'source'")
     if domain == 'source' and prototypes is None: raise ValueError('a source batch needs the source prototypes: give prototypes=')
     if not temperature > 0: raise ValueError(f'temperature is {temperature}: it must be above 0 (0.05 in the paper)')
     tables = [centres.detach()] if prototypes is None else [prototypes.detach(), centres.detach()]
     if len({table.shape[1] for table in tables}) > 1: raise ValueError(f'prototypes have {tables[0].shape[1]} columns and centres {centres.shape[1]}: both must come from one encoder')
-    check_batch(features, targets, centres.shape[1], len(tables[0]) if domain == 'source' else len(centres), domain)
+    targets = check_batch(features, targets, centres.shape[1], len(tables[0]) if domain == 'source' else len(centres), domain)
     scaled = features / temperature
     logits = torch.cat([scaled @ table.to(scaled.dtype).T for table in tables], 1)
     return F.cross_entropy(logits, targets if domain == 'source' or prototypes is None else targets + len(prototypes))

@@ -8,6 +8,7 @@ __all__ = ['stretches', 'padded', 'Members']
 # %% ../nbs/12_members.ipynb #988b0e7b
 import torch
 from fastcore.basics import patch
+from .checks import whole_numbers
 
 # %% ../nbs/12_members.ipynb #54a1ee00
 def stretches(
@@ -33,9 +34,10 @@ def padded(
 class Members:
     "The images of every cluster of one level"
     def __init__(self,
-        labels: torch.Tensor, # (N,) int64, 0 to 2N - 1; kept, and changed in place
+        labels, # (N,) whole numbers, 0 to 2N - 1; a tensor of int64 is kept, and changed in place
     ):
-        self.labels = labels
+        self.labels = labels = whole_numbers(labels, 'labels', lowest=0)
+        if not len(labels): raise ValueError('there are no labels: give one for each image, and at least one.')
         if labels.max() >= 2*len(labels): raise ValueError(f'a label is {labels.max()}: {len(labels)} images use 0 to {2*len(labels) - 1}; number them with torch.unique(labels, return_inverse=True)[1].')
         self.count = labels.bincount(minlength=2*len(labels))
         self.start = self.count.cumsum(0) - self.count

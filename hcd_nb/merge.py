@@ -9,6 +9,7 @@ __all__ = ['neighbourhood', 'from_first', 'forward', 'merge_candidates', 'merge_
 # %% ../nbs/15_merge.ipynb #988b0e7b
 import torch
 
+from .checks import check_norms, feature_rows
 from .neighbors import cosines_within, knn
 from .propagation import affinity, mutual_top_k, propagate
 
@@ -18,9 +19,12 @@ def neighbourhood(
     indices: torch.Tensor, # (B,) int64 images
     k: int = 64, # rows, the image itself included; at most N
 ) -> tuple[torch.Tensor, torch.Tensor]: # indices (B, k), the image first; cosines among them (B, k, k)
-    "The nearest rows of each image, and their similarity to each other"
-    near = knn(features[indices], features, k, own=indices)[1]
-    return near, cosines_within(features, near)
+    "The nearest rows of each image, and their similarity to each other; raises ValueError for rows that have not norm 1"
+    near = knn(features[indices], features, k, own=indices, check=False)[1]
+    cosines = cosines_within(features, near)
+    try: check_norms(cosines.diagonal(dim1=1, dim2=2).sqrt().flatten(), rows=near.flatten())
+    except ValueError: feature_rows(features); raise
+    return near, cosines
 
 # %% ../nbs/15_merge.ipynb #8122abb1
 def from_first(

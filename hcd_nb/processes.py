@@ -213,6 +213,8 @@ def class_sums(self: ShardedRows,
     return sums
 
 # %% ../nbs/12_processes.ipynb #fb6e1bdc-3
+from .neighbors import feature_rows, nearest_of
+
 @patch
 def search(self: ShardedRows,
     queries: torch.Tensor, # (Q, d) unit rows, the same in all processes
@@ -225,14 +227,16 @@ def search(self: ShardedRows,
     most, here = min(2*k, len(self)) if half else k, len(self.own)
     top, column = best_in_blocks(queries, self.own, min(most, here), max(1, tile // len(queries))) if here else (queries[:, :0], queries[:, :0].long())
     top, column = gathered(top.T.contiguous()).T, gathered((column + self.start).T.contiguous()).T
-    top, place = largest(top.contiguous(), most, not half)
-    column = column.gather(1, place)
     if half:
+        place = largest(top.contiguous(), most, False)[1]
+        column = column.gather(1, place)
         names, place = torch.unique(column if own is None else torch.cat([column, own[:, None]], 1), return_inverse=True)
         top, place = refined(queries, self.fetch(names), place[:, :most], k, None if own is None else place[:, -1])
         column = names[place]
-    elif own is not None: top, column = own_first(top, column, own, torch.linalg.vecdot(queries, self[own]))
-    if not top.isfinite().all(): check_features(queries, 'queries'), check_features(self.whole(), 'bank')
+    else:
+        top, column = nearest_of(top.contiguous(), k, queries, self.fetch, column)
+        if own is not None: top, column = own_first(top, column, own, torch.linalg.vecdot(queries, self[own]))
+    if not top.isfinite().all(): feature_rows(queries, 'queries'), feature_rows(self.whole(), 'bank')
     return top, column
 
 # %% ../nbs/12_processes.ipynb #7a920169

@@ -7,6 +7,7 @@ __all__ = ['edge_weights', 'check_square', 'mutual_top_k', 'normalised', 'affini
 
 # %% ../nbs/12_propagation.ipynb #988b0e7b
 import torch
+from .checks import as_tensor
 
 # %% ../nbs/12_propagation.ipynb #8d63f8da
 def edge_weights(
@@ -21,6 +22,7 @@ def check_square(
     similarity: torch.Tensor, # (..., n, n)
 ) -> torch.Tensor: # the same tensor
     "Pass a stack of square matrices on, or say what is wrong with it"
+    similarity = as_tensor(similarity, 'similarities')
     if similarity.ndim < 2 or similarity.shape[-1] != similarity.shape[-2]:
         raise ValueError(f'a similarity of shape {tuple(similarity.shape)} is not square: give (..., n, n), one row and one column for each node.')
     return similarity
@@ -32,7 +34,8 @@ def mutual_top_k(
     cut: float | None = None, # keep only edges with a cosine above this
 ) -> torch.Tensor: # (..., n, n) bool, symmetric, diagonal False
     "Edges between nodes that are among each other's `k` nearest"
-    n = check_square(similarity).shape[-1]
+    similarity = check_square(similarity)
+    n = similarity.shape[-1]
     if k < 1: raise ValueError(f'k is {k}: a node counts as one of its own k neighbours, so k must be 1 or more.')
     own = torch.eye(n, dtype=torch.bool, device=similarity.device)
     ranked = similarity.masked_fill(own, torch.inf)

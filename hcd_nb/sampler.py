@@ -8,6 +8,7 @@ __all__ = ['count_before', 'PseudoClassSampler', 'choose_anchors', 'group', 'che
 # %% ../nbs/05_sampler.ipynb #988b0e7b
 import torch
 from fastcore.basics import patch
+from .checks import whole_numbers
 
 # %% ../nbs/05_sampler.ipynb #8528f9a4
 def count_before(
@@ -75,17 +76,17 @@ def group(
 
 # %% ../nbs/05_sampler.ipynb #2391ad5f
 def check_labels(
-    labels: torch.Tensor, # should be (N,) long
-    cameras: torch.Tensor | None, # should be (N,) long
+    labels, # should be (N,) whole numbers, 0 or more
+    cameras, # should be (N,) whole numbers, or None
     n_images: int, # images known so far, 0 at the start
-) -> None:
+) -> tuple[torch.Tensor, torch.Tensor | None]: # both as (N,) long on the CPU
     "Raise one clear sentence when labels cannot be sampled from"
-    if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0:
-        raise ValueError(f'labels have shape {tuple(labels.shape)} and type {labels.dtype}: the sampler takes one whole number per image, at least one image')
-    if cameras is not None and cameras.shape != labels.shape:
-        raise ValueError(f'{len(cameras)} cameras for {len(labels)} labels: give one camera per image, or none at all')
+    labels = whole_numbers(labels, 'labels', device='cpu')
+    if not len(labels): raise ValueError('there are no labels: the sampler takes one whole number per image, at least one image')
+    if labels.min() < 0: raise ValueError('the labels hold -1, which is no class: give each such image a label of its own with label_bank.singletons')
     if n_images and len(labels) != n_images:
         raise ValueError(f'{len(labels)} labels, but this sampler began with {n_images} images: use a new sampler for another set')
+    return labels, None if cameras is None else whole_numbers(cameras, 'cameras', len(labels), device='cpu')
 
 # %% ../nbs/05_sampler.ipynb #fb6e1bdc-2
 @patch
@@ -108,13 +109,13 @@ def companions(self: PseudoClassSampler,
 # %% ../nbs/05_sampler.ipynb #fb6e1bdc-1
 @patch
 def batch(self: PseudoClassSampler,
-    labels: torch.Tensor, # (N,) long: label of each image, any numbering; may change at every call
-    cameras: torch.Tensor = None, # (N,) long: camera of each image
+    labels, # (N,) whole numbers, 0 or more: label of each image, any numbering; may change at every call
+    cameras=None, # (N,) whole numbers: camera of each image, -1 where it is unknown; None: all unknown
 ) -> torch.Tensor: # (batch_size,) long: indices, the images of a class together
-    "Draw the next batch"
-    check_labels(labels, cameras, self.n_images)
+    "Draw the next batch; raises ValueError for labels that cannot be sampled from"
+    labels, cameras = check_labels(labels, cameras, self.n_images)
     self.n_images = n = len(labels)
-    classes, sizes = labels.cpu().unique(return_inverse=True, return_counts=True)[1:]
+    classes, sizes = labels.unique(return_inverse=True, return_counts=True)[1:]
     places = torch.where(sizes[classes] > 1, self.n_instances, 1)
     at, enough = choose_anchors(self.queue, classes, places, self.batch_size)
     if not enough:
@@ -123,7 +124,7 @@ def batch(self: PseudoClassSampler,
     anchors, stays = self.queue[at], torch.ones(len(self.queue), dtype=torch.bool)
     stays[at] = False
     self.queue = self.queue[stays]
-    return self.companions(anchors, classes, sizes, None if cameras is None else cameras.cpu())
+    return self.companions(anchors, classes, sizes, cameras)
 
 # %% ../nbs/05_sampler.ipynb #fb6e1bdc-3
 @patch

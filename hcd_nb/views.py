@@ -12,6 +12,7 @@ import torch
 from sklearn.utils.extmath import randomized_svd
 from torch.nn.functional import normalize
 
+from .checks import check_unit, feature_rows
 from .evaluation import camera_means
 from .merge import neighbourhood
 from .neighbors import evenly
@@ -35,10 +36,11 @@ class Views:
         return normalize(rows, dim=1)
 
 def camera_views(
-    rows: torch.Tensor, # (N, d) unit rows
-    cameras: torch.Tensor, # (N,) int64; -1: unknown
+    rows, # (N, d) unit rows: tensor or array
+    cameras, # (N,) whole numbers; -1: unknown
 ) -> Views:
-    "Each camera's mean"
+    "Each camera's mean; raises ValueError for rows that have not norm 1, and for cameras that are no whole numbers"
+    rows = check_unit(feature_rows(rows))
     means, mean_of = camera_means(rows, cameras)
     return Views(means, mean_of, rows.new_zeros(0, rows.shape[1]))
 
@@ -70,10 +72,11 @@ def standing(
     return (loudest - b)/max(r, 1e-3), float(levels.sure.float().mean())
 
 def hidden_views(
-    rows: torch.Tensor, # (N, d) unit rows
+    rows, # (N, d) unit rows: tensor or array
     gap: float = 2., # how far the eigenvalues must fall
 ) -> Views | None: # None: nothing stands out
-    "Views that all pictures share and nobody named"
+    "Views that all pictures share and nobody named; raises ValueError for rows that have not norm 1"
+    rows = check_unit(feature_rows(rows))
     if len(rows) < 128: return None
     mean, eigenvalues, directions = leading(rows[evenly(len(rows), 2048, rows.device)])
     k, fall = widest_gap(eigenvalues)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEHIND_THE_MAP', 'MOST_PIXELS', 'slim_block', 'slim_resnet', 'probe', 'shrinking', 'last_stride_one',
-           'torchvision_backbone', 'timm_backbone', 'backbone_names', 'build_backbone', 'check_size', 'takes',
+           'torchvision_backbone', 'timm_backbone', 'backbone_names', 'build_backbone', 'check_size', 'Shapes', 'takes',
            'least_size', 'probe_at']
 
 # %% ../nbs/04_backbones.ipynb #3a161aa8
@@ -12,6 +12,7 @@ import difflib
 from numbers import Integral
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
@@ -47,6 +48,7 @@ def probe(
 ) -> torch.Tensor: # what the network gives for it
     "Send one empty image through a network"
     mode, where = net.training, next((p.device for p in net.parameters()), None)
+    if where is not None and where.type == 'meta': net.to(where)
     try: return net.eval()(torch.zeros(1, 3, *size, device=where))
     finally: net.train(mode)
 
@@ -103,9 +105,8 @@ def timm_backbone(
     try: import timm
     except ImportError: raise ValueError(f"the encoder timm/{name} needs timm: pip install 'hcd_nb[timm]'") from None
     options = dict(pretrained=pretrained, num_classes=0)
-    net = timm.create_model(name, global_pool='', **options)
-    try: map_of = probe(net)
-    except (RuntimeError, AssertionError): map_of = None
+    try: map_of = probe(net := timm.create_model(name, global_pool='', **options))
+    except (RuntimeError, AssertionError, TypeError, ValueError): map_of = None
     if map_of is not None and map_of.ndim == 4 and map_of.shape[1] in (net.num_features, net.head_hidden_size): return last_stride_one(net)
     try: return timm.create_model(name, img_size=image_size, **options)
     except (TypeError, ValueError, AssertionError) as e:
@@ -149,6 +150,14 @@ def check_size(
     return height, width
 
 # %% ../nbs/04_backbones.ipynb #932f73be
+class Shapes(TorchFunctionMode):
+    "Inside, new weights have a shape and no numbers"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get('device') is None: kwargs['device'] = 'meta'
+        return func(*args, **kwargs)
+
+# %% ../nbs/04_backbones.ipynb #ac6170e5
 def takes(
     name: str, # as `build_backbone` takes it
     image_size: tuple, # (height, width)
@@ -156,7 +165,7 @@ def takes(
 ) -> bool:
     "Whether crops of a size can go through a backbone"
     try:
-        with torch.device('meta'): probe(build_backbone(name, image_size) if net is None else net, image_size)
+        with Shapes(): probe(build_backbone(name, image_size) if net is None else net, image_size)
     except (RuntimeError, ValueError, AssertionError): return False
     return True
 
@@ -165,7 +174,7 @@ def least_size(
     image_size: tuple, # (height, width), too small
 ) -> tuple | None: # (height, width) of about the same shape; None: there is none
     "The smallest size that a backbone takes, found by trying"
-    with torch.device('meta'): net = None if name.startswith('timm/') else build_backbone(name)
+    with Shapes(): net = None if name.startswith('timm/') else build_backbone(name)
     size_of = lambda h: (h, max(1, round(h*image_size[1]/image_size[0])))
     low = high = image_size[0]
     while not takes(name, size_of(high), net):
@@ -183,8 +192,11 @@ def probe_at(
     image_size: tuple, # (height, width) of the crops
 ) -> torch.Tensor: # (1, d, h', w') or (1, d)
     "What a backbone gives for an empty crop; raises ValueError with the least size that works where it gives none"
-    try: return probe(net, image_size)
-    except RuntimeError as e:
-        least, why = least_size(name, image_size), str(e).strip().splitlines()[0]
+    try: found = probe(net, image_size)
+    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError) as e: # each library has its own
+        least, why = least_size(name, image_size), (str(e).strip() or type(e).__name__).splitlines()[0]
+    else:
+        if torch.is_tensor(found) and found.ndim in (2, 4): return found
+        raise ValueError(f'the encoder {name} gives neither a map nor a row of features for a crop: take another encoder')
     wanted = f'it takes {least[0]}×{least[1]} and more: set height={least[0]} and width={least[1]}, or take another encoder' if least else f'take another encoder ({why})'
     raise ValueError(f'the encoder {name} is too deep for crops of {image_size[0]}×{image_size[1]}; {wanted}')

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 def unwritten(file, error) -> ValueError: # error: what kept it from being written
     "The sentence for a file that could not be written"
     reason = (getattr(error, 'strerror', None) or 'the disk is full, or fails').lower() # NumPy, pyarrow and safetensors name no reason
-    return ValueError(f'{file} cannot be written ({reason}): choose a place with room that you may write to. What was there before is as it was.')
+    file = Path(file)
+    return ValueError(f"{file.with_name(file.name.removeprefix('.part-'))} cannot be written ({reason}): choose a place with room that you may write to. What was there before is as it was.")
 
 def sync(place): # file or folder
     "Bring what is written to the disk"

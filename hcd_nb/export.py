@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'run_file', 'Exported', 'beside', 'description', 'needed', 'write_onnx', 'write_torchscript',
-           'write_safetensors', 'some_crops', 'largest_difference', 'writable', 'is_export', 'export_encoder', 'told',
-           'parser', 'start', 'main']
+           'write_safetensors', 'some_crops', 'first_crops', 'largest_difference', 'writable', 'has_room',
+           'writable_folder', 'is_export', 'export_encoder', 'told', 'parser', 'start', 'main']
 
 # %% ../nbs/26_export.ipynb #ccac3cc1
 import argparse
@@ -14,19 +14,19 @@ import os
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from shlex import quote
 import torch
-from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 import hcd_nb
 from .augmentation import MEAN, STD
 from .data import read_domain
 from .encoder import Encoder, build_encoder, extract_features, load_encoder, one_domain
-from .images import DataError, ImageStore, printable
-from .training import unwritten, whole_file
+from .files import atomic_write, read_json, unwritten, write_tensors
+from .images import DataError, printable, read_image
 
 # %% ../nbs/26_export.ipynb #a8c77e4f
 def run_file(
@@ -61,9 +61,8 @@ def beside(
     name, # of a JSON file beside the encoder
 ) -> dict: # empty where the file is missing or damaged: an export needs none
     "What a file of a run says."
-    try: content = json.loads((run_file(run).parent / name).read_text())
-    except (OSError, ValueError): return {}
-    return content if isinstance(content, dict) else {}
+    try: return read_json(run_file(run).parent / name)
+    except ValueError: return {}
 
 def description(
     encoder: Encoder, # to be exported
@@ -112,8 +111,7 @@ def write_torchscript(encoder, about, file):
 
 def write_safetensors(encoder, about, file):
     "Write an encoder's weights by their library's names; a function that runs an encoder built from the file."
-    state = {k.removeprefix('backbone.'): v.contiguous() for k, v in encoder.state_dict().items()}
-    file.write_bytes(save(state, metadata={'format': 'pt', **about}))
+    write_tensors({k.removeprefix('backbone.'): v for k, v in encoder.state_dict().items()}, file, format='pt', **about)
     return Exported(build_encoder(encoder.name, file, image_size=encoder.image_size))
 
 FORMATS = dict(onnx=(write_onnx, 'encoder.onnx'), torchscript=(write_torchscript, 'encoder.pt'), safetensors=(write_safetensors, 'weights.safetensors'))
@@ -125,11 +123,23 @@ def some_crops(
     n=10, # crops
 ) -> tuple: # (n, 3, h, w) uint8, and what they are
     "Crops to check an exported encoder on."
+    crops, config, why = [], beside(run, 'config.json'), 'no config.json beside the encoder names it'
     try:
-        images = read_domain(beside(run, 'config.json')['target'], check=False).train
-        return ImageStore(images.paths[:n], size)[range(min(n, len(images)))], 'crops of the target set'
-    except (OSError, ValueError, KeyError, TypeError): # no target, not there any more, or no configuration
-        return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), 'noise (the target set of the run is not at hand)'
+        if config.get('target'):
+            as_read = dict(skip_bad=bool(config.get('skip_bad')), test_share=config.get('test_share', .5))
+            crops, why = first_crops(read_domain(str(config['target']), check=False, **as_read).train.paths, size, n), 'none of its pictures can be read'
+    except (OSError, ValueError, TypeError) as e: why = str(e) # not there any more, or a damaged configuration
+    if crops: return torch.stack(crops), 'crops of the target set'
+    noise = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return noise, f'noise (the target set of the run is not at hand: {why})'
+
+def first_crops(paths, size, n): # → list of (3, h, w) uint8
+    "The first pictures that can be read."
+    crops = []
+    for path in paths:
+        if len(crops) == n: break
+        with suppress(DataError): crops.append(read_image(path, size))
+    return crops
 
 def largest_difference(
     again, # function of bytes
@@ -150,11 +160,25 @@ def writable(
     if str(file) != printable(file): raise ValueError(f'{ascii(str(file))} is not UTF-8: choose another name with --out')
     no_folder = next((p for p in file.parents if os.path.exists(p) and not os.path.isdir(p)), None)
     if no_folder: raise ValueError(f'{file} cannot be written, since {no_folder} is no folder: choose another name with --out')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
+    try: has_room(file.parent)
     except OSError as e: raise unwritten(file, e) from None
     return file
+
+def has_room(folder): # raises OSError where the folder cannot be made, or nothing written into it
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+def writable_folder(
+    folder, # whose files are written, later
+    word='--out', # the option that names it
+) -> Path: # the same; it is there now
+    "Refuse a folder that cannot be written into."
+    folder = Path(folder)
+    no_folder = next((p for p in (folder, *folder.parents) if os.path.exists(p) and not os.path.isdir(p)), None)
+    if no_folder: raise ValueError(f'{word} {folder} cannot be a folder, since {no_folder} is a file: name another')
+    try: has_room(folder)
+    except OSError as e: raise unwritten(folder, e) from None
+    return folder
 
 # %% ../nbs/26_export.ipynb #90e59dc6
 def is_export(
@@ -177,7 +201,7 @@ def export_encoder(
     if out.exists() and not is_export(out): raise ValueError(f'{out} is there already, and hcd_export did not write it: choose another name with --out')
     encoder = one_domain(load_encoder(source))
     crops, what = some_crops(run, encoder.image_size)
-    with whole_file(out) as part:
+    with atomic_write(out) as part:
         worst = largest_difference(write(encoder, description(encoder, run), part), encoder, crops)
         if not worst <= 1e-4: raise ValueError(f'the {form} file differs from the encoder by up to {worst:.1e} on {what}, more than 1e-4; nothing was written')
     return out, worst, what

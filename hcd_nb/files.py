@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIGEST', 'LARGEST_JSON', 'unwritten', 'sync', 'atomic_write', 'writable_place', 'folder_lock', 'tensors_digest',
            'file_digest', 'write_tensors', 'Damaged', 'read_metadata', 'read_tensors', 'as_json', 'read_json',
-           'table_name']
+           'table_name', 'relative_names']
 
 # %% ../nbs/00_files.ipynb #3101a234
 import hashlib
@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 def unwritten(file, error) -> ValueError: # error: what kept it from being written
     "The sentence for a file that could not be written"
     reason = (getattr(error, 'strerror', None) or 'the disk is full, or fails').lower() # NumPy, pyarrow and safetensors name no reason
-    return ValueError(f'{file} cannot be written ({reason}): choose a place with room that you may write to. What was there before is as it was.')
+    file = Path(file)
+    return ValueError(f"{file.with_name(file.name.removeprefix('.part-'))} cannot be written ({reason}): choose a place with room that you may write to. What was there before is as it was.")
 
 def sync(place): # file or folder
     "Bring what is written to the disk"
@@ -198,3 +199,18 @@ def table_name(
 ) -> str:
     "A path that no spreadsheet computes"
     return f'./{path}' if str(path)[:1] in ('=', '+', '-', '@', '\t', '\r') else str(path)
+
+# %% ../nbs/00_files.ipynb #e170dbff
+def relative_names(
+    paths, # file names of pictures
+    base, # folder of their set, or that of its .csv table
+) -> list: # of str
+    "What pictures are called in every table: relative to their set, with forward slashes"
+    base = os.path.abspath(base)
+    inside = os.path.join(base, '')
+    def one(path):
+        path = os.path.abspath(path)
+        try: name = path[len(inside):] if path.startswith(inside) else os.path.relpath(path, base)
+        except ValueError: name = path # on another drive
+        return table_name(name.replace(os.sep, '/'))
+    return [one(p) for p in paths]

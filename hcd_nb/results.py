@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PUBLISHED_AS', 'ALPHAS', 'TABLES', 'METRICS', 'World', 'embedded_world', 'resnet50_world', 'market_world', 'Planned',
            'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1', 'from_scratch', 's_table_sweep',
-           'variants', 'claims', 'runs_of', 'read_record', 'find_records', 'unread', 'differences', 'published',
-           'figures', 'cell_rows', 'long_table', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep',
-           'draw_bars', 'draw_table', 'write_table']
+           'variants', 'claims', 'runs_of', 'read_record', 'record_fault', 'find_records', 'unread', 'differences',
+           'published', 'figures', 'cell_rows', 'long_table', 'entry', 'wide_table', 'as_markdown', 'as_latex',
+           'draw_sweep', 'draw_bars', 'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
-import json
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from .configs import DEFAULT_FORM, BankConfig, RunConfig, make_config, settled
 from .data import embedded_root
+from .files import atomic_write, read_json
 
 # %% ../nbs/40_results.ipynb #922b19a9
 @dataclass(frozen=True)
@@ -183,16 +184,26 @@ def runs_of(cells) -> dict: # name → Planned
     return {run.name: run for cell in cells for run in cell.runs}
 
 # %% ../nbs/40_results.ipynb #1b0b681e
+METRICS = ("mAP", "R1", "R5", "camera-normalised mAP", "label ARI")
+
 def read_record(
     file, # Path of a record.json
 ) -> dict:
-    "What a run wrote of itself; a file that holds something else is refused"
-    parts = {"config": dict, "evaluations": list, "labels": dict, "seconds": (int, float)}
-    try: record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{file} is not the record of a run ({e}): delete it, or make the run again.") from None
-    lacking = [k for k, kind in parts.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]
-    if lacking: raise ValueError(f"{file} is not the record of a run (without {', '.join(lacking)}): delete it, or make the run again.")
+    "What a run wrote of itself; raises ValueError for a file that holds something else"
+    record = read_json(file, "delete it, or make the run again")
+    if fault := record_fault(record): raise ValueError(f"{file} is not the record of a run ({fault}): delete it, or make the run again.")
     return record
+
+def record_fault(record): # of read_json → str, empty where there is none
+    "What keeps an object from being the record of a run"
+    parts, is_number = {"config": dict, "evaluations": list, "labels": dict, "seconds": (int, float)}, lambda v: isinstance(v, (int, float))
+    lacking = [k for k, kind in parts.items() if not isinstance(record.get(k), kind)]
+    if lacking: return f"without {', '.join(lacking)}"
+    for e in record["evaluations"]:
+        if not isinstance(e, dict) or not isinstance(e.get("stage"), str): return "an evaluation without a stage"
+        if odd := [m for m in METRICS if m in e and not is_number(e[m])]: return f"{odd[0]} is no number at the stage {e['stage']}"
+    if odd := [k for k, v in record["labels"].items() if k.startswith("ari_") and not is_number(v)]: return f"{odd[0]} is no number"
+    return ""
 
 # %% ../nbs/40_results.ipynb #1b0b681d
 def find_records(
@@ -225,17 +236,17 @@ def differences(
     return [f"{k}: {had[k]}, planned {v}" for k, v in asdict(config).items() if k in had and k not in free and had[k] != v]
 
 # %% ../nbs/40_results.ipynb #a869a311
-METRICS = ("mAP", "R1", "R5", "camera-normalised mAP", "label ARI")
-
 def published() -> dict: # (table, row, column, metric) → value
     "The paper's numbers"
-    table = pd.read_csv(embedded_root()/"published.csv", dtype={"row": str})
+    file = embedded_root()/"published.csv"
+    try: table = pd.read_csv(file, dtype={"row": str})[["table", "row", "column", "metric", "value"]]
+    except (OSError, ValueError, KeyError) as e: raise ValueError(f"{file} cannot be read as the paper's numbers ({type(e).__name__}): take the file of the repository, or let HCD_NB_DATA name the folder that holds it.") from None
     return {tuple(k): v for *k, v in table.itertuples(index=False)}
 
 def figures(record, stage) -> dict: # metric → per cent
     "The figures of a record at a stage"
     e = next((e for e in record["evaluations"] if e["stage"] == stage), {})
-    top = max((k for k in record["labels"] if k.startswith("ari_")), default="")
+    top = max((k for k in record["labels"] if re.fullmatch(r"ari_\d{1,9}", k)), key=lambda k: int(k[4:]), default="")
     return {**{m: 100*e[m] for m in METRICS if m in e}, **({"label ARI": 100*record["labels"][top]} if top else {})}
 
 # %% ../nbs/40_results.ipynb #2912377a
@@ -342,9 +353,10 @@ def write_table(
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     long = long_table(TABLES[number](world), world, records)
     wide, name = wide_table(long), f"{'s_table_' if number.isdigit() else ''}{number}_{world.name}"
-    long.round(6).to_csv(folder/f"{name}.csv", index=False)
-    (folder/f"{name}.md").write_text(as_markdown(wide), encoding="utf-8")
-    (folder/f"{name}.tex").write_text(as_latex(wide), encoding="utf-8")
     figure = draw_table(number, long)
-    figure.savefig(folder/f"{name}.png", dpi=110); plt.close(figure)
+    ways = {"csv": lambda part: long.round(6).to_csv(part, index=False), "md": lambda part: part.write_text(as_markdown(wide), encoding="utf-8"),
+            "tex": lambda part: part.write_text(as_latex(wide), encoding="utf-8"), "png": lambda part: figure.savefig(part, dpi=110)}
+    for ending, write in ways.items():
+        with atomic_write(folder/f"{name}.{ending}") as part: write(part)
+    plt.close(figure)
     return long

@@ -4,26 +4,29 @@
 
 # %% auto #0
 __all__ = ['words_of', 'carry_out', 'minutes_of', 'how_long', 'check_place', 'missing_runs', 'run_all', 'submit_all', 'compared',
-           'made_again', 'figure_cells', 'write_figure', 'parser', 'world_of', 'make_missing', 'start', 'main']
+           'standing', 'clear_again', 'made_again', 'figure_cells', 'write_figure', 'parser', 'world_of',
+           'make_missing', 'places_for', 'write_all', 'start', 'main']
 
 # %% ../nbs/42_tables.ipynb #ccac3cc1
 import argparse
 import difflib
-import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from .command import SETTINGS
-from .configs import choose_device
+from .configs import choose_device, make_config
 from .data import read_domain
+from .export import writable_folder
+from .files import atomic_write, folder_lock, read_json
 from .hierarchy import draw_s_figure_1, labels_of, page_data, page_of, stacked
-from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, resnet50_world, runs_of, wide_table, write_table
+from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, read_record, resnet50_world, runs_of, wide_table, write_table
 
 # %% ../nbs/42_tables.ipynb #caccb12a
 def words_of(
@@ -59,7 +62,8 @@ def minutes_of(
     records, # dict: name → record
 ) -> float:  # NaN where nothing is known
     "How long a run will take, by the records of others"
-    alike = [r["seconds"] for r in records.values() if r["config"]["method"] == run.settings["method"] and bool(r["config"]["source"]) == bool(run.settings.get("source"))]
+    like = lambda c: (c.get("method"), bool(c.get("source")))
+    alike = [r["seconds"] for r in records.values() if like(r["config"]) == like(run.settings)]
     seconds = alike or [r["seconds"] for r in records.values()]
     return statistics.median(seconds)/60 if seconds else float("nan")
 
@@ -77,9 +81,8 @@ def check_place(
 ):
     "Raise ValueError where a run of other settings lies in the place of a planned one: it would be continued, or started from"
     place = Path(folder)/world.name/run.name
-    try: config = json.loads((place/"config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: return
-    except ValueError: raise ValueError(f"{place}/config.json is damaged: move {place} away, and the run is made anew.") from None
+    if not (place/"config.json").exists(): return
+    config = read_json(place/"config.json", f"move {place} away, and the run is made anew")
     differ = differences({"config": config}, world, run)
     if differ: raise ValueError(f"{place} holds a run of other settings ({'; '.join(differ)}): move it away, and it is made anew.")
 
@@ -132,6 +135,7 @@ def submit_all(
     "Carry out runs as jobs of a cluster"
     try: import submitit
     except ImportError: raise ValueError("Slurm needs submitit: pip install 'hcd_nb[slurm]', or leave --slurm out.") from None
+    if odd := [o for o in options if "=" not in o]: raise ValueError(f"--slurm takes NAME=VALUE, not {odd[0]!r}.")
     executor = submitit.AutoExecutor(folder=Path(folder)/world.name/"slurm", cluster=cluster)
     asked = {k: int(v) if v.isdigit() else v for k, v in (o.split("=", 1) for o in options)}
     usual = {"timeout_min": 24*60, **({"gpus_per_node": 1} if device.startswith("cuda") else {}), **({"slurm_array_parallelism": jobs} if cluster == "slurm" else {})}
@@ -144,9 +148,39 @@ def submit_all(
 # %% ../nbs/42_tables.ipynb #b70699d9
 def compared(old, new): # records → dict: stage and metric → (then, now), of those that differ
     "The figures of two records that are not the same"
-    table = lambda record: {(e["stage"], k): v for e in record["evaluations"] for k, v in e.items() if k not in ("stage", "iteration")}
+    figures = lambda e: {k: float(v) for k, v in e.items() if k != "iteration" and isinstance(v, (int, float))}
+    table = lambda record: {(e["stage"], k): v for e in record["evaluations"] for k, v in figures(e).items()}
     a, b = table(old), table(new)
-    return {k: (a[k], b.get(k)) for k in a if a[k] != b.get(k)}
+    return {k: (a[k], b.get(k, float("nan"))) for k in a if str(a[k]) != str(b.get(k))} # as text: not-a-number is like itself
+
+# %% ../nbs/42_tables.ipynb #97496a2d
+def standing(
+    run,    # results.Planned
+    world,  # results.World
+    folder, # of the runs
+) -> str:   # finished, begun, or '' where nothing of it lies there, or a run of other settings
+    "How far a planned run has come"
+    place = Path(folder)/world.name/run.name
+    try: check_place(run, world, folder)
+    except ValueError: return ""
+    if all((place/name).exists() for name in ("record.json", "encoder.safetensors", "config.json")): return "finished"
+    return "begun" if (place/"checkpoint.safetensors").exists() else ""
+
+def clear_again(
+    run,    # results.Planned
+    world,  # results.World
+    folder, # of the runs that are made again
+    records, # dict: name → record
+) -> list:  # of Planned: what has to be made
+    "Say what will be made for a run, its start included; what cannot be gone on with is removed"
+    far = {r.name: standing(r, world, folder) for r in (run.start, run) if r}
+    plan = [r for r in (run.start, run) if r and not (r is run.start and far[r.name] == "finished")]
+    for r in plan:
+        if far[r.name] != "begun": shutil.rmtree(Path(folder)/world.name/r.name, ignore_errors=True)
+    kept = f"; kept: {run.start.name}, which has come to its end (delete its folder to make it anew)" if run.start and run.start not in plan else ""
+    time = how_long([minutes_of(r, records) for r in plan], 1)
+    print(f"To make ({time}): {', '.join(r.name + (' (goes on)' if far[r.name] == 'begun' else '') for r in plan)}, in {Path(folder)/world.name}{kept}", flush=True)
+    return plan
 
 # %% ../nbs/42_tables.ipynb #947291e5
 def made_again(name, world, records, folder, device):
@@ -155,11 +189,9 @@ def made_again(name, world, records, folder, device):
     have = sorted(set(runs) & set(records))
     if name not in have: raise ValueError(f"There is no record of a run {name!r} of the {world.name} world: there are {len(have)}, and the likeliest are {', '.join(difflib.get_close_matches(name, have, 3, 0)) or 'none'}.")
     folder = Path(folder)/"again"
-    for r in (runs[name].start, runs[name]):
-        if r is None: continue
-        shutil.rmtree(folder/world.name/r.name, ignore_errors=True)
+    for r in clear_again(runs[name], world, folder, records):
         if run_all({r.name: r}, world, folder, device): raise ValueError(f"{r.name} did not come to its end: see {folder/world.name/r.name}/output.txt.")
-    differ = compared(records[name], json.loads((folder/world.name/name/"record.json").read_text(encoding="utf-8")))
+    differ = compared(records[name], read_record(folder/world.name/name/"record.json"))
     if not differ: return f"{name}: every figure is the same to the last digit."
     (stage, metric), (then, now) = max(differ.items(), key=lambda d: abs(d[1][0] - d[1][1]))
     return f"{name}: {len(differ)} figures differ, most of all {metric} ({stage}): {then:.4f} on record, {now:.4f} now."
@@ -175,18 +207,19 @@ def write_figure(
     folder, # where to
 ) -> list: # of the files' names
     "Draw S-Figure 1 for each set whose labels there are, and the page"
-    folder, pages, names = Path(folder), [], []
+    folder, pages, names, settings = Path(folder), [], [], make_config(world.preset, **world.changes)
     folder.mkdir(parents=True, exist_ok=True)
     for k, path in world.domains.items():
-        try: labels = labels_of(f"{k}-hcd-0", world.name, runs)
+        try:
+            labels = labels_of(f"{k}-hcd-0", world.name, runs)
+            images = read_domain(path, settings.skip_bad, settings.test_share, check=False).train
+            drawn, page = stacked(draw_s_figure_1(labels, images)), page_data(world.titles[k], labels, images)
         except ValueError as e: print(f"S-Figure 1, {world.titles[k]}: {e}"); continue
-        images = read_domain(path, check=False).train
-        names.append(f"s_fig_1_{k}.png")
-        stacked(draw_s_figure_1(labels, images)).save(folder/names[-1])
-        pages.append(page_data(world.titles[k], labels, images))
+        names.append(f"s_fig_1_{k}.png"); pages.append(page)
+        with atomic_write(folder/names[-1]) as part: drawn.save(part)
     if pages:
         names.append(f"s_fig_1_{world.name}.html")
-        (folder/names[-1]).write_text(page_of(pages), encoding="utf-8")
+        with atomic_write(folder/names[-1]) as part: part.write_text(page_of(pages), encoding="utf-8")
     return names
 
 # %% ../nbs/42_tables.ipynb #2b612d18
@@ -231,15 +264,18 @@ def make_missing(cells, world, records, args, device):
     return (waves(starts) if starts else []) or (waves(others) if others else [])
 
 # %% ../nbs/42_tables.ipynb #8b03bffe
-def start(args) -> int:
-    "Carry out the typed words"
-    device, world = choose_device(args.device), world_of(args)
-    for word, folder in (("--out", args.out), ("--runs", args.runs)):
-        if os.path.exists(folder) and not os.path.isdir(folder): raise ValueError(f"{word} {folder} is a file: name a folder.")
+def places_for(args, world): # a context that holds the folder of the runs where some are made
+    "Refuse folders that cannot be written into, before anything is read or made"
+    if os.path.exists(args.runs) and not os.path.isdir(args.runs): raise ValueError(f"--runs {args.runs} is a file: name a folder.")
+    if not args.again: writable_folder(args.out, "--out")
+    if not (args.run or args.again): return nullcontext()
+    made = Path(writable_folder(args.runs, "--runs"))/("again" if args.again else "")/world.name
+    return folder_lock(made, "Another hcd_tables is making runs in {}: wait until it has ended, or name another folder with --runs.")
+
+# %% ../nbs/42_tables.ipynb #e7fba85e
+def write_all(args, world, device) -> int: # exit status
+    "Make what is missing, if that was asked for, and write tables and figure"
     records = find_records(world, args.runs)
-    if args.again:
-        print(made_again(args.again, world, records, args.runs, device))
-        return 0
     everything = not args.table and not args.figure
     numbers, figure = list(TABLES) if everything else args.table, everything or args.figure
     cells = [c for n in numbers for c in TABLES[n](world)] + (figure_cells(world) if figure else [])
@@ -252,7 +288,17 @@ def start(args) -> int:
     if figure: print(f"S-Figure 1: {', '.join(write_figure(world, args.runs, args.out)) or 'nothing to draw yet'}, in {args.out}/.")
     return 1 if failed else 0
 
-def main(argv=None) -> int: # exit status: 0 done, 1 a run failed, 2 what was typed or read is wrong, 130 stopped
+def start(args) -> int:
+    "Carry out the typed words"
+    device, world = choose_device(args.device), world_of(args)
+    if args.jobs < 1: raise ValueError(f"--jobs is {args.jobs}: make one run at a time, or more.")
+    with places_for(args, world):
+        if not args.again: return write_all(args, world, device)
+        print(made_again(args.again, world, find_records(world, args.runs), args.runs, device))
+        return 0
+
+# %% ../nbs/42_tables.ipynb #d059716a
+def main(argv=None) -> int: # exit status: 0 done, 1 a run failed, 2 what was typed or read is wrong, or another is making runs there, 130 stopped
     "The console script hcd_tables"
     try: return start(parser().parse_args(argv))
     except (ValueError, OSError) as e:

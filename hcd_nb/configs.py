@@ -12,7 +12,7 @@ import difflib
 import os
 from dataclasses import dataclass, fields
 from functools import cache
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from reprlib import Repr
 import numpy as np
@@ -121,6 +121,7 @@ def _number(value): # a number, or text with one → float
 
 def _whole(value): # the same → int
     if isinstance(value, str) and value.strip().lstrip("+-").isdecimal(): return int(value)
+    if isinstance(value, Integral) and not isinstance(value, (bool, np.bool_)): return int(value)
     if not _number(value).is_integer(): raise ValueError
     return int(float(value) if isinstance(value, str) else value)
 
@@ -133,6 +134,7 @@ READERS = {bool: lambda value: SWITCH[str(value).lower()], int: _whole, float: _
 
 # %% ../nbs/20_configs.ipynb #d585a47e
 def _shown(value): # a value, as a sentence quotes it
+    if type(value) is int: return f"{value:,}" if abs(value) < 10**18 else "a number of more than 18 digits"
     brief = Repr()
     brief.maxstring = brief.maxother = 60
     return brief.repr(value)
@@ -185,7 +187,7 @@ def check_ranges(
     for name, ends in RANGES.items():
         value, (low, high) = getattr(config, name), (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in ends)
         if ends[0] <= value <= ends[1]: continue
-        raise ValueError(f"Setting {name} is {value:,}: it must be from {low} to {high}.")
+        raise ValueError(f"Setting {name} is {_shown(value)}: it must be from {low} to {high}.")
 
 # %% ../nbs/20_configs.ipynb #feae8a73
 def _batches(c): # yields what is wrong with the batches of a configuration

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIGEST', 'LARGEST_JSON', 'unwritten', 'sync', 'atomic_write', 'folder_lock', 'tensors_digest', 'file_digest',
-           'write_tensors', 'Damaged', 'read_metadata', 'read_tensors', 'as_json', 'read_json', 'table_name']
+           'write_tensors', 'Damaged', 'read_metadata', 'read_tensors', 'as_json', 'read_json', 'table_name',
+           'relative_names']
 
 # %% ../nbs/00_files.ipynb #3101a234
 import hashlib
@@ -174,3 +175,18 @@ def table_name(
 ) -> str:
     "A path that no spreadsheet computes"
     return f'./{path}' if str(path)[:1] in ('=', '+', '-', '@', '\t', '\r') else str(path)
+
+# %% ../nbs/00_files.ipynb #e170dbff
+def relative_names(
+    paths, # file names of pictures
+    base, # folder of their set, or that of its .csv table
+) -> list: # of str
+    "What pictures are called in every table: relative to their set, with forward slashes"
+    base = os.path.abspath(base)
+    inside = os.path.join(base, '')
+    def one(path):
+        path = os.path.abspath(path)
+        try: name = path[len(inside):] if path.startswith(inside) else os.path.relpath(path, base)
+        except ValueError: name = path # on another drive
+        return table_name(name.replace(os.sep, '/'))
+    return [one(p) for p in paths]

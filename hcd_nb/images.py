@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['suffixes', 'unread', 'printable', 'DataError', 'passed_over', 'image_files', 'value_fault', 'image_fault',
-           'in_threads', 'one_ahead', 'read_image', 'memory', 'room_for', 'ImageStore']
+           'in_threads', 'one_ahead', 'read_image', 'memory', 'room_for', 'ImageStore', 'picture_digests']
 
 # %% ../nbs/00_images.ipynb #80ea65ff
 import math
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from .files import file_digest
 
 # %% ../nbs/00_images.ipynb #4ef82680
 def printable(name): # a path, or a sentence with one
@@ -203,3 +204,10 @@ def keep_on(self: ImageStore,
     device = torch.device(device)
     if device.type == 'cuda' and self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4: self.pixels = self.load().pixels.to(device)
     return self
+
+# %% ../nbs/00_images.ipynb #19ff0ad6
+def picture_digests(
+    paths, # file names of pictures
+): # list of str
+    "What the bytes of pictures come to"
+    return in_threads(file_digest, paths)

@@ -68,7 +68,9 @@ def resumed(args): # of parser() → RunConfig
     if fixed: raise ValueError(f"A run goes on with its own settings: leave out {', '.join(fixed)}, or start a new run. What may change with --resume: {', '.join(MAY_CHANGE)}.")
     changed, kept = make_config(**typed), kept_settings(args.resume)
     try: return make_config(**{**kept, **{name: getattr(changed, name) for name in typed}})
-    except (TypeError, ValueError) as e: raise ValueError(f"{args.resume} is a run of another version of hcd_nb ({str(e).split(' (did')[0].split(';')[0]}): continue it with that one.") from None
+    except (TypeError, ValueError) as e:
+        said = str(e).split(" (did")[0].split(";")[0]
+        raise ValueError(f"{args.resume} is a run of another version of hcd_nb ({said}): continue it with that one.") from None
 
 # %% ../nbs/39_command.ipynb #0a4c1e66
 def configure(args, # of parser()
@@ -92,7 +94,7 @@ def closing_words(run, words): # training.Run, the table
     if not words: return f"{'There are no test pictures' if run.domain.train.has_identities else 'No identities are known'}, so there is nothing to score.\n{where}"
     return f"Target test pictures, per cent; 'cam': each camera's mean removed from the features\n{words}\n\n{where}"
 
-# %% ../nbs/39_command.ipynb #2330ea96
+# %% ../nbs/39_command.ipynb #1c086e2f
 def drawn(run): # training.Run that has come to its end → the table of its scores as text
     "Draw the report, unless a run that had ended before has it."
     import pandas as pd
@@ -110,7 +112,8 @@ def method_class(name): # → class derived from training.Method
 # %% ../nbs/39_command.ipynb #92a6ba64
 def first_line(config, device, size): # what is to be done, where, by how many processes
     "What is said before anything is read."
-    return (f"{config.target}{' from ' + config.source if config.source else ''}: {config.encoder} at {config.height}×{config.width} on {device}, "
+    sets = f"{config.target} from {config.source}" if config.source else config.target
+    return (f"{sets}: {config.encoder} at {config.height}×{config.width} on {device}, "
             f"{config.pretrain:,} + {config.iterations:,} iterations{f', {size} processes' if size > 1 else ''}")
 
 def start(args):
@@ -129,7 +132,9 @@ def start(args):
         if args.resume: config = configure(args, device)    # once more, now that nobody else can go on with it
         if rank() == 0: print(first_line(config, device, size()), flush=True)
         run = train_in(config, out, device, resume=bool(args.resume), before=tell, method=method_class(config.method))
-        if rank() == 0: print(*(note for note in run.domain.notes if note not in told), closing_words(run, drawn(run) if run.done else ""), sep="\n")
+        if rank() == 0:
+            later = [note for note in run.domain.notes if note not in told]
+            print(*later, closing_words(run, drawn(run) if run.done else ""), sep="\n")
     return 0 if run.done else 130
 
 # %% ../nbs/39_command.ipynb #c72534b3
@@ -143,8 +148,8 @@ def main(argv=None) -> int: # exit status: 0 done, 1 another process was lost, 2
         print("hcd_train: stopped at once; what the last checkpoint holds is kept.", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as e:
-        known = {"ProcessLost": (str(e), 1), "OutOfMemoryError": ("the memory of the GPU is full: lower batch_size, or choose a smaller encoder.", 2),
-                 "MemoryError": ("the memory of this machine is full: lower batch_size, or choose a smaller encoder.", 2)}
+        full = "the memory is full: lower batch_size, or choose a smaller encoder."
+        known = {"ProcessLost": (str(e), 1), "OutOfMemoryError": (full, 2), "MemoryError": (full, 2)}
         if type(e).__name__ not in known: raise
         said, status = known[type(e).__name__]
         print(f"hcd_train: {said}", file=sys.stderr)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'parser', 'typed_settings', 'kept_settings', 'resumed', 'configure', 'opening_words', 'closing_words',
-           'method_class', 'start', 'main']
+           'drawn', 'method_class', 'first_line', 'start', 'main']
 
 # %% ../nbs/39_command.ipynb #ccac3cc1
 import argparse
-import json
 import sys
 from pathlib import Path
 from shlex import quote
@@ -54,25 +53,24 @@ def typed_settings(args): # of parser() → dict of text
 
 # %% ../nbs/39_command.ipynb #0a4c1e62
 def kept_settings(folder): # → dict
-    "The settings of a run, from its checkpoint, or, if it is of an earlier version, from config.json."
-    from hcd_nb.training import read_checkpoint
-    file = Path(folder)/"config.json"
-    if not file.exists() and not (Path(folder)/"checkpoint.safetensors").exists():
+    "The settings of a run, from its newest checkpoint that is whole; raises ValueError."
+    from hcd_nb.training import CHECKPOINT, PREVIOUS, newest, read_kept
+    if not any((Path(folder)/name).exists() for name in (CHECKPOINT, PREVIOUS, "config.json")):
         raise ValueError(f"There is no run to resume in {folder}: --resume takes the folder given as --out before.")
-    settings = read_checkpoint(Path(folder)/"checkpoint.safetensors", whole=False)["more"].get("settings")
-    try: return settings or dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError): raise ValueError(f"{file} is missing or damaged, and the checkpoint beside it is of a version that kept no settings: the run cannot go on.") from None
+    return newest(folder, read_kept)[0]["settings"]
 
 def resumed(args): # of parser() → RunConfig
     "The settings of a run that goes on, with what may change changed."
-    from hcd_nb.configs import RunConfig, make_config
+    from hcd_nb.configs import make_config
     from hcd_nb.training import MAY_CHANGE
     typed = typed_settings(args)
     fixed = [*(name for name in typed if name not in MAY_CHANGE), *(["preset"] if args.preset else []), *(["out"] if args.out else [])]
     if fixed: raise ValueError(f"A run goes on with its own settings: leave out {', '.join(fixed)}, or start a new run. What may change with --resume: {', '.join(MAY_CHANGE)}.")
     changed, kept = make_config(**typed), kept_settings(args.resume)
-    try: return RunConfig(**{**kept, **{name: getattr(changed, name) for name in typed}})
-    except TypeError as e: raise ValueError(f"{args.resume} is a run of another version of hcd_nb ({str(e).split(') ')[-1]}): continue it with that one.") from None
+    try: return make_config(**{**kept, **{name: getattr(changed, name) for name in typed}})
+    except (TypeError, ValueError) as e:
+        said = str(e).split(" (did")[0].split(";")[0]
+        raise ValueError(f"{args.resume} is a run of another version of hcd_nb ({said}): continue it with that one.") from None
 
 # %% ../nbs/39_command.ipynb #0a4c1e66
 def configure(args, # of parser()
@@ -87,7 +85,7 @@ def configure(args, # of parser()
 def opening_words(run) -> list: # of str
     "What a user is told of the images and the weights, before training."
     report = run.trainer.encoder.report
-    return [*run.domain.notes, *([str(report)] if report else [])]
+    return [*run.asides, *run.domain.notes, *([str(report)] if report else [])]
 
 def closing_words(run, words): # training.Run, the table
     "What a user is told at the end."
@@ -96,6 +94,15 @@ def closing_words(run, words): # training.Run, the table
     if not words: return f"{'There are no test pictures' if run.domain.train.has_identities else 'No identities are known'}, so there is nothing to score.\n{where}"
     return f"Target test pictures, per cent; 'cam': each camera's mean removed from the features\n{words}\n\n{where}"
 
+# %% ../nbs/39_command.ipynb #1c086e2f
+def drawn(run): # training.Run that has come to its end → the table of its scores as text
+    "Draw the report, unless a run that had ended before has it."
+    import pandas as pd
+    from hcd_nb.report import summary_text, write_report
+    there = [name for name in ("curves.png", "tree.png") if (Path(run.out)/name).exists()]
+    if not run.ended or len(there) < 1 + (run.trainer.label_bank is not None): return write_report(run)
+    return summary_text(pd.DataFrame(run.evaluations)) if run.evaluations else ""
+
 # %% ../nbs/39_command.ipynb #896de674
 def method_class(name): # → class derived from training.Method
     "The class behind --method"
@@ -103,30 +110,31 @@ def method_class(name): # → class derived from training.Method
     return {**training.METHODS, "spcl": spcl.SpCL, "odc": odc.ODC, "moco": moco.MoCo, "byol": byol.BYOL}[name]
 
 # %% ../nbs/39_command.ipynb #92a6ba64
+def first_line(config, device, size): # what is to be done, where, by how many processes
+    "What is said before anything is read."
+    sets = f"{config.target} from {config.source}" if config.source else config.target
+    return (f"{sets}: {config.encoder} at {config.height}×{config.width} on {device}, "
+            f"{config.pretrain:,} + {config.iterations:,} iterations{f', {size} processes' if size > 1 else ''}")
+
 def start(args):
     "Carry out the typed words."
     from hcd_nb.configs import choose_device
     device = choose_device(args.device)
     config = configure(args, device)
     from hcd_nb.processes import rank, size, started
-    from hcd_nb.report import write_report
-    from hcd_nb.training import train
-    out = args.resume or args.out or f"runs/{config.method}-{config.seed}"
+    from hcd_nb.training import held, train_in
+    out, told = args.resume or args.out or f"runs/{config.method}-{config.seed}", []
     if Path(out).exists() and not Path(out).is_dir(): raise ValueError(f"{out} is a file: --out names the folder of the run, which is made if need be.")
-    if not args.resume and (Path(out)/"checkpoint.safetensors").exists():
-        raise ValueError(f"{out} holds a run already: continue it with --resume {quote(str(out))}, or choose another folder with --out.")
-    with started(device) as device:
-        if rank() == 0: print(f"{config.target}{' from ' + config.source if config.source else ''}: {config.encoder} at {config.height}×{config.width} on {device}, "
-                              f"{config.pretrain:,} + {config.iterations:,} iterations{f', {size()} processes' if size() > 1 else ''}", flush=True)
-        told = []
-        def tell(run):
-            told.extend(opening_words(run))
-            if rank() == 0 and told: print(*told, sep="\n", flush=True)
-        run = train(config, out, device, resume=bool(args.resume), before=tell, method=method_class(config.method))
-        if rank(): return 0 if run.done else 130
-    for note in run.domain.notes:
-        if note not in told: print(note)
-    print(closing_words(run, write_report(run) if run.done else ""))
+    def tell(run):
+        told.extend(opening_words(run))
+        if rank() == 0 and told: print(*told, sep="\n", flush=True)
+    with started(device) as device, held(out, device):
+        if args.resume: config = configure(args, device)    # once more, now that nobody else can go on with it
+        if rank() == 0: print(first_line(config, device, size()), flush=True)
+        run = train_in(config, out, device, resume=bool(args.resume), before=tell, method=method_class(config.method))
+        if rank() == 0:
+            later = [note for note in run.domain.notes if note not in told]
+            print(*later, closing_words(run, drawn(run) if run.done else ""), sep="\n")
     return 0 if run.done else 130
 
 # %% ../nbs/39_command.ipynb #c72534b3
@@ -139,7 +147,10 @@ def main(argv=None) -> int: # exit status: 0 done, 1 another process was lost, 2
     except KeyboardInterrupt:
         print("hcd_train: stopped at once; what the last checkpoint holds is kept.", file=sys.stderr)
         return 130
-    except RuntimeError as e:
-        if type(e).__name__ != "ProcessLost": raise
-        print(f"hcd_train: {e}", file=sys.stderr)
-        return 1
+    except (RuntimeError, MemoryError) as e:
+        full = "the memory is full: lower batch_size, or choose a smaller encoder."
+        known = {"ProcessLost": (str(e), 1), "OutOfMemoryError": (full, 2), "MemoryError": (full, 2)}
+        if type(e).__name__ not in known: raise
+        said, status = known[type(e).__name__]
+        print(f"hcd_train: {said}", file=sys.stderr)
+        return status

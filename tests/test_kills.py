@@ -94,7 +94,7 @@ def same_run(a, b):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
     for name, read in (("history.parquet", pd.read_parquet), ("label_history.parquet", pd.read_parquet), ("pseudo_identities.csv", pd.read_csv), ("evaluations.csv", pd.read_csv)):
         assert (a/name).exists() == (b/name).exists(), name
-        if (a/name).exists(): pd.testing.assert_frame_equal(*(read(x/name).drop(columns="seconds", errors="ignore") for x in (a, b)), check_exact=True, obj=name)
+        if (a/name).exists(): pd.testing.assert_frame_equal(*(read(x/name).drop(columns="seconds", errors="ignore") for x in (a, b)), check_exact=True, check_dtype=False, obj=name)
     one, two = (without_times(json.loads((x/"record.json").read_text())) for x in (a, b))
     assert one == two
     assert not [p.name for p in b.iterdir() if "part" in p.name], "what was half written is left"
@@ -225,10 +225,17 @@ def test_runs_that_are_told_to_end_within_a_write_are_saved(place, tmp_path, num
     for k in chosen(place.stages())[1::7]: stopped(place, tmp_path/f"run-{k}", number, k)
 
 
+def sentence(err):
+    "What was complained of, besides the progress bar: one line"
+    lines = [l for l in err.splitlines() if l.strip() and "it/s" not in l]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
 # ---- no room
 
 def full(status, err, *names):
-    assert status == 2 and len(err.strip().splitlines()) == 1 and "cannot be written" in err and any(n in err for n in names), (status, err)
+    assert status == 2 and "cannot be written" in sentence(err) and any(n in err for n in names), (status, err)
 
 
 @pytest.mark.timeout(300)
@@ -280,7 +287,7 @@ def test_commands_on_a_full_disk_write_whole_files_or_none(place, disk, name):
     place.whole()
     status, out, err = place.jobs.run(*words(place, where), command=command)
     left = [p for p in where.rglob("*") if p.is_file() and p.name != ".lock"]
-    assert status == 2 and len(err.strip().splitlines()) == 1 and str(where) in err, (status, err)
+    assert status == 2 and str(where) in sentence(err), (status, err)
     disk("200m")
     shutil.copytree(where, where/"kept")
     status, out, err = place.jobs.run(*words(place, where), command=command)
@@ -327,7 +334,7 @@ def damage(place, run, k, how):
     for c in checkpoints(run): damaged(c, r, how)
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != ".lock"}
     status, out, err = place.jobs.run("--resume", run)
-    assert status == 2 and "damaged" in err and "checkpoint" in err and len(err.strip().splitlines()) == 1, (status, out, err)
+    assert status == 2 and "damaged" in sentence(err) and "checkpoint" in err, (status, out, err)
     assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != ".lock"}, "a refused run was changed"
     shutil.rmtree(run)
 
@@ -375,7 +382,7 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_still_reads(place
     let_go = held(place, tmp_path, *place.words, "--out", run)
     try: status, out, err = place.jobs.run(*place.words, "--out", run)
     finally: first = let_go()
-    assert status == 2 and "Another run is writing into" in err and len(err.strip().splitlines()) == 1, (status, out, err)
+    assert status == 2 and "Another run is writing into" in sentence(err), (status, out, err)
     assert first[0] == 0, first
     same_run(place.whole(), run)
 
@@ -396,8 +403,8 @@ def test_a_second_run_that_goes_on_is_refused_while_the_first_still_reads(place,
 
 def ruined(place, run, iteration, what):
     status, out, err = place.jobs.run(*place.words, "--set", "save_every=2", "--out", run, ruin=[iteration, what])
-    assert status == 2 and len(err.strip().splitlines()) == 1, (status, out, err)
-    assert "Traceback" not in err and any(w in err for w in ("NaN", "finite", "no number")) and ".jpg" in err, f"neither the fault nor the pictures of the batch are named: {err}"
+    assert status == 2, (status, out, err)
+    assert any(w in sentence(err) for w in ("NaN", "finite", "no number")) and ".jpg" in err, f"neither the fault nor the pictures of the batch are named: {err}"
     for c in checkpoints(run): assert all(t.isfinite().all() for k, t in tensors(c).items() if t.is_floating_point() and "history" not in k), f"{c.name} is not finite"
     gone_on(place, run, ["--set", "save_every=2"])
 

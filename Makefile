@@ -1,14 +1,14 @@
 # make demo   the main job: adapt an encoder to cameras it has never seen, without labels (about ten minutes on two cores)
 # make test   every notebook and every test
 # make notebooks   restart-and-run-all of every notebook, keeping the outputs; then README.md
-# make check  the notebooks are clean and hcd_nb/ is exactly what they export
+# make check  the notebooks are clean, hcd_nb/ is exactly what they export, pages of records say what they said, README.md is their front page
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 SEED ?= 0
 
-.PHONY: demo test notebooks check slow clean
+.PHONY: demo test notebooks readme check slow clean
 demo: .venv/ready
 	$(BIN)/hcd_train --preset demo --method hcd --source pedestrians/source --target pedestrians/target --seed $(SEED) --out $(RUN)
 
@@ -22,12 +22,17 @@ notebooks: .venv/ready
 	$(BIN)/nbdev-export
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/*.ipynb
 	$(BIN)/nbdev-clean
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed -E -e 's#\(\.\./data/#(data/#g' -e 's#\(([0-9]{2}_[a-z0-9_]+\.ipynb)\)#(nbs/\1)#g' > README.md
+	$(MAKE) --silent --no-print-directory readme > README.md
+
+# The front page as text: pictures and notebooks are found from the top of the repository.
+readme:
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --stdout nbs/index.ipynb | sed -E -e 's#\(\.\./data/#(data/#g' -e 's#\(([0-9]{2}_[a-z0-9_]+\.ipynb)\)#(nbs/\1)#g'
 
 check: .venv/ready
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	git diff --exit-code -- nbs hcd_nb
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m records tests
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -6,7 +6,7 @@
 __all__ = ['PIECES', 'seconds', 'gpu_memory', 'ratio', 'process_size', 'print_extra_memory', 'extra_memory', 'features',
            'over_split', 'updates', 'bench_update', 'start_work', 'bench_start', 'evaluation_work', 'bench_evaluation',
            'loss_work', 'bench_loss', 'write_crops', 'training_step', 'loading_work', 'bench_loading', 'bench_step',
-           'fits', 'bench_growth', 'bench_million', 'profiled', 'bench_profile', 'machine', 'main']
+           'fits', 'bench_growth', 'bench_million', 'profiled', 'bench_profile', 'machine', 'measure_piece', 'main']
 
 # %% ../nbs/70_benchmarks.ipynb #ccac3cc1
 import argparse
@@ -15,6 +15,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from .configs import choose_device
+from .files import atomic_write, folder_lock, unwritten
 
 # %% ../nbs/70_benchmarks.ipynb #e573b666
 def seconds(
@@ -361,25 +364,29 @@ def machine(device):
     model = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
     return dict(surroundings(device), processor=model, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
 
-def main(words=None): # exit status; 2: nowhere to write
+def measure_piece(name, device, out):
+    "Measure one piece, write its rows whole, and print them; a piece that cannot be measured here is left out with a sentence"
+    import pandas as pd
+    try: rows = PIECES[name](device)
+    except ValueError as e: return print(f"hcd_bench: {name} is left out: {e}", file=sys.stderr)
+    if not rows: return
+    what = dict(machine(device), command=f"hcd_bench --only {name}" + f" --device {device}"*(device != "cpu"))
+    with atomic_write(Path(out)/f"{name}-{device.split(':')[0]}.json") as part:
+        part.write_text(json.dumps(dict(what, rows=rows), indent=1) + "\n")
+    print(f"\n{what['device']}, {what['processor']}, {what['threads']} threads, torch {what['versions']['torch']}, {what['date']}")
+    print(pd.DataFrame(rows).to_string(index=False, na_rep=""), flush=True)
+
+def main(words=None): # exit status; 2: a device that is not here, or nowhere to write
     "The command hcd_bench"
     p = argparse.ArgumentParser("hcd_bench", description="Measure the label bank's speed and memory as ratios to what cannot be avoided.")
-    p.add_argument("--only", action="append", choices=PIECES, help="one piece; may be repeated")
+    p.add_argument("--only", action="append", choices=PIECES, metavar="PIECE", help=f"one piece, may be repeated: {', '.join(PIECES)}")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     p.add_argument("--out", default="data/benchmarks", help="folder of the results")
     args = p.parse_args(words)
-    import pandas as pd
-    out = Path(args.out)
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        print(f"hcd_bench: {out} cannot be the folder of the results ({e.strerror.lower()}): name another with --out", file=sys.stderr)
+    try:
+        device = str(choose_device(args.device))
+        with folder_lock(args.out):
+            for name in args.only or PIECES: measure_piece(name, device, args.out)
+    except (ValueError, OSError) as e:
+        print(f"hcd_bench: {unwritten(e.filename or args.out, e) if isinstance(e, OSError) else e}", file=sys.stderr)
         return 2
-    for name in args.only or PIECES:
-        try: rows = PIECES[name](args.device)
-        except ValueError as e:
-            print(f"hcd_bench: {name} is left out: {e}", file=sys.stderr)
-            continue
-        if not rows: continue
-        what = dict(machine(args.device), command="hcd_bench --only " + name + (f" --device {args.device}" if args.device != "cpu" else ""))
-        (out/f"{name}-{args.device.split(':')[0]}.json").write_text(json.dumps(dict(what, rows=rows), indent=1) + "\n")
-        print(f"\n{what['device']}, {what['processor']}, {what['threads']} threads, torch {what['versions']['torch']}, {what['date']}\n{pd.DataFrame(rows).to_string(index=False, na_rep='')}", flush=True)

@@ -364,8 +364,13 @@ def machine(device):
     model = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
     return dict(surroundings(device), processor=model, threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"))
 
-def measure_piece(name, device, out):
-    "Measure one piece, write its rows whole, and print them; a piece that cannot be measured here is left out with a sentence"
+# %% ../nbs/70_benchmarks.ipynb #6afec076
+def measure_piece(
+    name: str, # in PIECES
+    device: str, # cpu, cuda, cuda:1 ...
+    out, # folder of the results, which exists
+) -> None:
+    "Measure one piece, write its rows whole, and print them; one that cannot be measured is left out with a sentence"
     import pandas as pd
     try: rows = PIECES[name](device)
     except ValueError as e: return print(f"hcd_bench: {name} is left out: {e}", file=sys.stderr)
@@ -373,13 +378,16 @@ def measure_piece(name, device, out):
     what = dict(machine(device), command=f"hcd_bench --only {name}" + f" --device {device}"*(device != "cpu"))
     with atomic_write(Path(out)/f"{name}-{device.split(':')[0]}.json") as part:
         part.write_text(json.dumps(dict(what, rows=rows), indent=1) + "\n")
-    print(f"\n{what['device']}, {what['processor']}, {what['threads']} threads, torch {what['versions']['torch']}, {what['date']}")
+    where = what['device'], what['processor'], f"{what['threads']} threads", f"torch {what['versions']['torch']}", what['date']
+    print("\n" + ", ".join(where))
     print(pd.DataFrame(rows).to_string(index=False, na_rep=""), flush=True)
 
-def main(words=None): # exit status; 2: a device that is not here, or nowhere to write
+# %% ../nbs/70_benchmarks.ipynb #15d7b22b
+def main(words=None): # exit status; 2: a device that is not here, or nowhere to write; 130: interrupted
     "The command hcd_bench"
     p = argparse.ArgumentParser("hcd_bench", description="Measure the label bank's speed and memory as ratios to what cannot be avoided.")
-    p.add_argument("--only", action="append", choices=PIECES, metavar="PIECE", help=f"one piece, may be repeated: {', '.join(PIECES)}")
+    pieces = ", ".join(PIECES)
+    p.add_argument("--only", action="append", choices=PIECES, metavar="PIECE", help=f"one piece, may be repeated: {pieces}")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     p.add_argument("--out", default="data/benchmarks", help="folder of the results")
     args = p.parse_args(words)
@@ -387,6 +395,9 @@ def main(words=None): # exit status; 2: a device that is not here, or nowhere to
         device = str(choose_device(args.device))
         with folder_lock(args.out):
             for name in args.only or PIECES: measure_piece(name, device, args.out)
+    except KeyboardInterrupt:
+        print("hcd_bench: stopped; what was measured is kept.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as e:
         print(f"hcd_bench: {unwritten(e.filename or args.out, e) if isinstance(e, OSError) else e}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
-from .configs import RunConfig
+from .configs import RunConfig, make_config, settled
 from .data import read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .evaluation import normalise_cameras
@@ -199,10 +199,11 @@ def write_infrared(
     where='pedestrians/target', # what is changed
 ) -> None:
     "A domain half of whose cameras see in infrared, and nobody says which"
-    domain, folder = read_domain(where, check=False), Path(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    domain = read_domain(where, check=False)
     cameras = sorted(domain.train.cameras.unique().tolist())
     night, rows = cameras[:len(cameras)//2], []
-    folder.mkdir(parents=True, exist_ok=True)
     for split in ('train', 'query', 'gallery'):
         images = getattr(domain, split)
         for i, (path, person, camera) in enumerate(zip(images.paths, images.identities.tolist(), images.cameras.tolist())):
@@ -212,7 +213,8 @@ def write_infrared(
     with atomic_write(folder/'set.csv') as part: pd.DataFrame(rows).to_csv(part, index=False)
 
 # %% ../nbs/24_situations.ipynb #f995248e
-COLUMNS = {'situations': ['situation', 'images', 'seed', 'form', 'start', 'ari', 'splits', 'merges', 'moved', 'needed', 'seconds'], 'drift': ['variant', 'form', 'seed', 'iteration', 'ari']}
+COLUMNS = {'situations': 'situation images seed form start ari splits merges moved needed seconds'.split(),
+           'drift': 'variant form seed iteration ari'.split()}
 
 def read_rows(
     file, # .csv
@@ -223,7 +225,8 @@ def read_rows(
     with suppress(ValueError, RecursionError): # pandas' own kinds are ValueErrors
         table = pd.read_csv(file)
         if list(table.columns) == columns: return table
-    raise ValueError(f'{file} is no table of hcd_situations (its columns are {", ".join(columns)}): move it away, or choose another folder with --out.')
+    raise ValueError(f'{file} is no table of hcd_situations (its columns are {", ".join(columns)}):'
+                     ' move it away, or choose another folder with --out.')
 
 def add_rows(file, rows):
     "Append rows to a table, which is made if need be; a kill leaves the table with them or without"
@@ -277,8 +280,9 @@ def config_of(
     "The settings of a run"
     file = Path(run_folder)/'config.json'
     remedy = 'name the folder that hcd_train was given as --out'
-    try: return RunConfig(**read_json(file, remedy))
-    except TypeError: raise ValueError(f'{file} does not hold the settings of a run: {remedy}.') from None
+    typed = read_json(file, remedy)
+    try: return settled(make_config(**typed))
+    except (TypeError, ValueError) as e: raise ValueError(f'{file} does not hold the settings of a run ({e}): {remedy}.') from None
 
 def measure_pictures(folder, run_folder, forms):
     "The same for the features of a run; its method is the situation"
@@ -317,7 +321,8 @@ def check_words(args):
     if low: raise ValueError(f'--seeds {low[0]}: a seed is a whole number from 0 to 2^31 - 1.')
     for name in args.pictures: config_of(name)
     folder = Path(args.out)
-    for file, kind in [(f'situations_{n}.csv', 'situations') for n in args.images] + [('pictures.csv', 'situations')]*bool(args.pictures) + [('drift.csv', 'drift')]*args.drift: read_rows(folder/file, COLUMNS[kind])
+    for file in [f'situations_{n}.csv' for n in args.images] + ['pictures.csv']: read_rows(folder/file, COLUMNS['situations'])
+    read_rows(folder/'drift.csv', COLUMNS['drift'])
     read_runs(folder/'record.json')
 
 def read_runs(
@@ -326,7 +331,8 @@ def read_runs(
     "What was measured before; raises ValueError for a file that does not say so"
     try: found = as_json(b'{"runs": ' + file.read_bytes() + b'}')['runs'] if file.exists() else []
     except ValueError: found = None
-    if not isinstance(found, list): raise ValueError(f'{file} is damaged, or not what it should be: move it away, or choose another folder with --out.')
+    if isinstance(found, list): return found
+    raise ValueError(f'{file} is damaged, or not what it should be: move it away, or choose another folder with --out.')
     return found
 
 # %% ../nbs/24_situations.ipynb #0a4c1e06
@@ -339,8 +345,11 @@ def measure_all(args):
         for name in args.pictures: measure_pictures(folder, name, args.forms)
         if args.drift: measure_drift(folder, args.seeds)
         options = {name: vars(rule) for name, rule in FORMS.items()}
-        command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in (('images', args.images), ('seeds', args.seeds), ('forms', args.forms))) + ' --drift'*args.drift + ' '.join([' --pictures', *args.pictures])*bool(args.pictures)
-        entry = dict(command=f'hcd_situations {command}', forms=options, **where, date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
+        lists = dict(images=args.images, seeds=args.seeds, forms=args.forms)
+        command = ' '.join(' '.join([f'--{k}', *map(str, v)]) for k, v in lists.items())
+        command += ' --drift'*args.drift + ' '.join([' --pictures', *args.pictures])*bool(args.pictures)
+        entry = dict(command=f'hcd_situations {command}', forms=options, **where,
+                     date=time.strftime('%Y-%m-%d'), seconds=round(time.perf_counter() - began))
         runs = read_runs(folder/'record.json')
         with atomic_write(folder/'record.json') as part: part.write_text(json.dumps(runs + [entry], indent=1) + '\n')
 
@@ -352,6 +361,7 @@ def main(argv=None) -> int: # exit status: 0 done, 2 what was typed or read is w
         print('hcd_situations: stopped; the same command measures what is missing.', file=sys.stderr)
         return 130
     except (ValueError, OSError) as e:
-        print(f'hcd_situations: {unwritten(e.filename or args.infrared or args.out, e) if isinstance(e, OSError) else e}', file=sys.stderr)
+        sentence = unwritten(e.filename or args.infrared or args.out, e) if isinstance(e, OSError) else e
+        print(f'hcd_situations: {sentence}', file=sys.stderr)
         return 2
     return 0

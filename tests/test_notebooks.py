@@ -30,13 +30,15 @@ def reads_records(notebook):
 
 
 def told(cell):
-    "What the outputs of a cell say, in lines; pictures left out, and plain text where the same is there as a table or Markdown (its width is the terminal's)"
+    """What the outputs of a cell say, in lines; pictures are left out, and plain text where the same is there as a table
+    or Markdown: its width is the terminal's"""
     printed, shown = {}, []
     for o in cell.get("outputs") or []:
         if o["output_type"] == "stream": printed[o["name"]] = printed.get(o["name"], "") + "".join(o["text"])
         elif not any(kind.startswith("image/") for kind in o["data"]):
             texts = {kind: "".join(text) for kind, text in o["data"].items() if kind.startswith("text/")}
-            shown += [f"{kind}\n{text}" for kind, text in sorted(texts.items()) if kind != "text/plain" or len(texts) == 1]
+            if len(texts) > 1: texts.pop("text/plain", None)
+            shown += [f"{kind}\n{text}" for kind, text in sorted(texts.items())]
     text = "\n".join([*(printed[name] for name in sorted(printed)), *shown])
     return re.sub(r"data:image/\w+;base64,[\w+/=]+", "a picture", text).splitlines()
 
@@ -49,43 +51,52 @@ def run_page(notebook, skip, kept):
 
 
 def differences(notebook, page):
-    "Where a page says something else than its file; a cell that says it was skipped, because what it needs is not here, is passed over"
+    "Where a page says something else than its file; cells that say that what they need is not here are passed over"
     found = []
     for stored, cell in zip(cells(notebook), page.cells, strict=True):
         then, now = told(stored), told(cell) if cell.cell_type == "code" else []
-        if cell.cell_type != "code" or then == now or now and re.match("skipped|renderer not installed", now[0]): continue
+        if then == now or cell.cell_type != "code" or now and re.match("skipped|renderer not installed", now[0]): continue
         found += [f"cell {stored['id']}:", *difflib.unified_diff(then, now, "committed", "run again", lineterm="", n=0)]
     return found
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("notebook", [pytest.param(p, id=p.stem, marks=[pytest.mark.records]*reads_records(p)) for p in notebooks])
+@pytest.mark.parametrize("notebook", [pytest.param(p, id=p.stem, marks=[pytest.mark.records]*reads_records(p))
+                                      for p in notebooks])
 def test_runs(notebook, request, capsys):
     "Pages of records say what they said when they were committed"
     skip = [flag for flag in ("slow", "cuda") if not request.config.getoption(f"--{flag}")]
     assert run_page(notebook, skip, kept := []), f"{notebook.name} stopped with the error printed above"
-    if reads_records(notebook): assert not (found := differences(notebook, kept[0])), "\n".join(["run it anew and commit its outputs, or mend the sentences and records that differ", *found])
+    if reads_records(notebook):
+        found = differences(notebook, kept[0])
+        assert not found, "\n".join(["run it anew and commit its outputs, or mend what differs", *found])
 
 
 @pytest.mark.records
 def test_pages_of_records_are_found():
     found = {p.stem for p in notebooks if reads_records(p)}
-    assert {"index", "24_situations", "25_levels", "50_s_tab1", "51_s_tab2", "52_s_tab3", "53_s_fig1", "54_claims", "60_own_data", "70_benchmarks"} <= found
+    assert {"index", "24_situations", "25_levels", "50_s_tab1", "51_s_tab2", "52_s_tab3", "53_s_fig1", "54_claims",
+            "60_own_data", "70_benchmarks"} <= found
     assert not found & {"00_notation", "10_feature_bank", "16_dynamics"}
 
 
-PAGE = {
-    "a": ("print(1 + 1)\nprint(3, file=__import__('sys').stderr)", [dict(output_type="stream", name="stdout", text=["2\n"]), dict(output_type="stream", name="stderr", text=["3\n"])]),
-    "b": ("import pandas as pd\nfrom IPython.display import Markdown\nMarkdown('| mAP |\\n| --- |\\n| 45.2 |')", [dict(output_type="execute_result", execution_count=1, metadata={}, data={"text/plain": ["<IPython object>"], "text/markdown": ["| mAP |\n", "| --- |\n", "| 45.2 |"]})]),
-    "c": ("pd.DataFrame({'mAP': [45.2]}).style.format(precision=1).set_uuid('t')", None),
-    "d": ("from PIL import Image\nImage.new('RGB', (2, 2))", [dict(output_type="execute_result", execution_count=1, metadata={}, data={"text/plain": ["another picture"], "image/png": "AAAA"})]),
-    "e": ("print('skipped: not here')", [dict(output_type="stream", name="stdout", text=["what was there\n"])]),
-    "f": ("#| slow\nprint('an hour later')", [dict(output_type="stream", name="stdout", text=["an hour later\n"])]),
-    "g": ("45.2", [dict(output_type="execute_result", execution_count=1, metadata={}, data={"text/plain": ["45.2"]})])}
+def printed(name, text): return dict(output_type="stream", name=name, text=[text])
+def shown(**data): return dict(output_type="execute_result", execution_count=1, metadata={}, data={f"text/{k}": [v] for k, v in data.items()})
+
+
+PAGE = {  # cells of a small page: source and outputs
+    "a": ("print(1 + 1)\nprint(3, file=__import__('sys').stderr)", [printed("stdout", "2\n"), printed("stderr", "3\n")]),
+    "b": ("from IPython.display import Markdown\nMarkdown('mAP 45.2')", [shown(plain="<IPython object>", markdown="mAP 45.2")]),
+    "c": ("import pandas as pd\npd.DataFrame({'mAP': [45.2]}).style.format(precision=1).set_uuid('t')", []),
+    "d": ("from PIL import Image\nImage.new('RGB', (2, 2))", [dict(shown(), data={"text/plain": ["a picture"], "image/png": "AAAA"})]),
+    "e": ("print('skipped: not here')", [printed("stdout", "what was there\n")]),
+    "f": ("#| slow\nprint('an hour later')", [printed("stdout", "an hour later\n")]),
+    "g": ("45.2", [shown(plain="45.2")])}
 
 
 def write_page(file, outputs):
-    code = [dict(cell_type="code", id=i, metadata={}, execution_count=1, source=source.splitlines(True), outputs=outputs[i]) for i, (source, _) in PAGE.items()]
+    code = [dict(cell_type="code", id=i, metadata={}, execution_count=1, source=source.splitlines(True), outputs=outputs[i])
+            for i, (source, _) in PAGE.items()]
     text = dict(cell_type="markdown", id="h", metadata={}, source=["A sentence."])
     file.write_text(json.dumps(dict(cells=[text, *code], metadata={}, nbformat=4, nbformat_minor=5)))
 
@@ -100,7 +111,6 @@ def test_a_changed_output_is_noticed(tmp_path, monkeypatch):
         before = page.read_bytes()
         assert run_page(page, ["slow"], kept := []) and page.read_bytes() == before
         return differences(page, kept[0]), kept[0]
-    outputs["c"] = []
     found, ran = again()
     assert [line for line in found if line.startswith("cell")] == ["cell c:"] and "45.2" in "".join(found)
     outputs["c"] = json.loads(json.dumps(ran.cells[3].outputs))
@@ -109,16 +119,19 @@ def test_a_changed_output_is_noticed(tmp_path, monkeypatch):
         kept = outputs[i]
         outputs[i] = json.loads(json.dumps(kept).replace(right, wrong, 1))
         found = again()[0]
-        assert found[0] == f"cell {i}:" and any(line[0] == "-" and wrong in line for line in found) and any(line[0] == "+" and right in line for line in found), found
+        assert found[0] == f"cell {i}:", found
+        assert any(line[0] == "-" and wrong in line for line in found) and any(line[0] == "+" and right in line for line in found)
         outputs[i] = kept
 
 
 @pytest.mark.records
 @pytest.mark.skipif(not shutil.which("make"), reason="make is missing")
 def test_readme_is_the_front_page():
-    made = subprocess.run(["make", "--silent", "--no-print-directory", "-C", root, "readme", f"BIN={Path(sys.executable).parent}"], capture_output=True, text=True, encoding="utf-8")
+    command = ["make", "--silent", "--no-print-directory", "-C", root, "readme", f"BIN={Path(sys.executable).parent}"]
+    made = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines() == (root/"README.md").read_text(encoding="utf-8").splitlines(), "run `make readme > README.md`"
+    kept = (root/"README.md").read_text(encoding="utf-8")
+    assert made.stdout.splitlines() == kept.splitlines(), "run `make --silent readme > README.md`"
 
 
 @pytest.mark.parametrize("notebook", notebooks, ids=lambda p: p.stem)

@@ -32,11 +32,12 @@ def as_tensor(
 def feature_rows(
     x, # (N, d) numbers: tensor, array, nested lists, or `processes.ShardedRows`
     what: str = 'features', # what the sentence calls them
+    least: int = 1, # rows, 0 or more
 ) -> torch.Tensor: # (N, d) floating point, finite; whole numbers become float32
-    "Rows of features; raises ValueError for another shape, for no rows, and for NaN or infinity"
+    "Rows of features; raises ValueError for another shape, for too few rows, and for NaN or infinity"
     if hasattr(x, 'fetch'): return x
     x = as_tensor(x, what)
-    if x.ndim != 2 or not x.numel(): raise ValueError(f'the {what} have shape {tuple(x.shape)}: give one row for each image, (N, d), and at least one.')
+    if x.ndim != 2 or len(x) < least or not x.shape[1]: raise ValueError(f'the {what} have shape {tuple(x.shape)}: give one row for each image, (N, d), and at least {least}.')
     if x.is_complex() or x.dtype == torch.bool: raise ValueError(f'the {what} are {x.dtype}: give floating-point numbers.')
     x = x if x.is_floating_point() else x.float()
     bad = bad_rows(x)
@@ -105,7 +106,7 @@ def whole_rows(
 def _whole(value, at, what): # one entry of a list → int
     if value is None or type(value).__name__ in ('NAType', 'NaTType') or value != value: return -1
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise ValueError(f'the {what} hold {value!r} at position {at}: give whole numbers, and -1 where nobody knows (pandas.factorize numbers names).')
+        raise ValueError(f'the {what} hold {value!r} at position {at}: give whole numbers, and -1 where nobody knows (pandas.factorize(names)[0] + 1 numbers names).')
     if not isinstance(value, Integral) and (value != int(value) if abs(value) < 2**53 else True):
         raise ValueError(f'the {what} hold {value!r} at position {at}: whole numbers are wanted, and a fraction or a number too large for it would be rounded to another.')
     if not -2**63 <= value < 2**63: raise ValueError(f'the {what} hold {value!r} at position {at}: numbers go up to 2^63 - 1.')

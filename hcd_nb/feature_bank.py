@@ -62,14 +62,14 @@ def target(self: FeatureBank) -> torch.Tensor: # (N_t, d) view
 # %% ../nbs/10_feature_bank.ipynb #45988a2b
 @patch(cls_method=True)
 def from_features(cls: FeatureBank,
-    target, # (N_t, d) features of the target images: tensor or array, rows of any length
+    target, # (N_t, d) features of the target images: tensor or array, rows of any length; none beside a source
     source_features=None, # (N_s, d) features of the source images; None: no source
     source_classes=None, # (N_s,) whole numbers in 0..C_s-1, their identities
     momentum: float = .2, # m
 ) -> FeatureBank:
     "Start a bank from features of all images; raises ValueError for features and classes that do not fit each other"
     if source_features is None: return cls(target, 0, momentum)
-    target, source = feature_rows(target, 'target features'), feature_rows(source_features, 'source features')
+    target, source = feature_rows(target, 'target features', 0), feature_rows(source_features, 'source features')
     if source.shape[1] != target.shape[1]: raise ValueError(f'the source features have {source.shape[1]} dimensions and the target features {target.shape[1]}: they must be of the same encoder.')
     classes = whole_numbers([] if source_classes is None else source_classes, 'source classes', len(source), 0, source.device)
     prototypes = cluster_means(source, classes, int(classes.max()) + 1)

@@ -61,11 +61,11 @@ def average_precision(
     "Average precision of each query from the positions of its matches."
     if ap not in ('market', 'trapezoid'): raise ValueError(f"ap is {ap!r}: use 'market' or 'trapezoid'")
     i = torch.arange(1, positions.shape[1] + 1, device=positions.device)
-    precision = i / positions.clamp(min=1)
+    precision = i.double() / positions.clamp(min=1)
     if ap == 'trapezoid':
-        before = ((i - 1) / (positions - 1).clamp(min=1)).where(positions > 1, 1.)
+        before = ((i.double() - 1) / (positions - 1).clamp(min=1)).where(positions > 1, 1.)
         precision = (before + precision) / 2
-    return (precision * (positions > 0)).sum(1) / n_matches.clamp(min=1)
+    return ((precision * (positions > 0)).sum(1) / n_matches.clamp(min=1)).float()
 
 # %% ../nbs/03_evaluation.ipynb #66e4cc51
 def cmc_curve(
@@ -180,7 +180,7 @@ def evaluate(
     if not len(queries): raise ValueError(_no_match_sentence(query[1], query[2], gallery[1]))
     positions, n_matches = positions[queries], n_matches[queries]
     scores = average_precision(positions, n_matches, ap)
-    return RetrievalScores(scores.mean().item(), inverse_negative_penalty(positions, n_matches).mean().item(),
+    return RetrievalScores(scores.double().mean().item(), inverse_negative_penalty(positions, n_matches).double().mean().item(),
         cmc_curve(positions, max_rank), scores, queries, len(queries), len(query[0]) - len(queries), ap)
 
 # %% ../nbs/03_evaluation.ipynb #d69f683a

@@ -25,7 +25,7 @@ def contiguous(
     labels, # (N,) whole numbers
 ) -> tuple[torch.Tensor, int]: # classes (N,) int64 in 0..C-1, numbered by first appearance; C
     "The canonical numbering of a partition"
-    labels = labels if torch.is_tensor(labels) and labels.dtype == torch.int64 else whole_numbers(labels, 'labels', lowest=-2**63)
+    labels = labels if torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.ndim == 1 else whole_numbers(labels, 'labels', lowest=-2**63)
     names, classes = torch.unique(labels, return_inverse=True)
     position = torch.arange(len(labels), device=labels.device)
     first = torch.full_like(names, len(labels)).scatter_reduce(0, classes, position, 'amin')

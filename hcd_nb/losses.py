@@ -40,7 +40,8 @@ def contrastive_loss(
     domain: str = 'target', # 'target' or 'source': which classes `targets` counts
 ) -> torch.Tensor: # scalar: mean over the batch
     "Contrastive loss (Eq. 1) of a batch of one domain; raises ValueError for rows that have not norm 1, and for classes that are not there"
-    features, centres, prototypes = (v if v is None or torch.is_tensor(v) else as_tensor(v) for v in (features, centres, prototypes))
+    features, centres = (v if torch.is_tensor(v) else as_tensor(v) for v in (features, centres))
+    prototypes = prototypes if prototypes is None or torch.is_tensor(prototypes) else as_tensor(prototypes)
     if domain not in ('target', 'source'): raise ValueError(f"domain is {domain!r}: it is 'target' or 'source'")
     if domain == 'source' and prototypes is None: raise ValueError('a source batch needs the source prototypes: give prototypes=')
     if not temperature > 0: raise ValueError(f'temperature is {temperature}: it must be above 0 (0.05 in the paper)')

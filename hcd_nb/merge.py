@@ -9,17 +9,19 @@ __all__ = ['neighbourhood', 'from_first', 'forward', 'merge_candidates', 'merge_
 # %% ../nbs/15_merge.ipynb #988b0e7b
 import torch
 
-from .checks import check_norms, feature_rows
+from .checks import as_tensor, check_norms, feature_rows, whole_numbers
 from .neighbors import cosines_within, knn
 from .propagation import affinity, mutual_top_k, propagate
 
 # %% ../nbs/15_merge.ipynb #3290f3e4
 def neighbourhood(
-    features: torch.Tensor, # (N, d) unit rows
-    indices: torch.Tensor, # (B,) int64 images
+    features, # (N, d) unit rows: tensor, array, or `processes.ShardedRows`
+    indices, # (B,) whole numbers, images
     k: int = 64, # rows, the image itself included; at most N
 ) -> tuple[torch.Tensor, torch.Tensor]: # indices (B, k), the image first; cosines among them (B, k, k)
     "The nearest rows of each image, and their similarity to each other; raises ValueError for rows that have not norm 1"
+    features = features if hasattr(features, 'fetch') else as_tensor(features)
+    indices = indices if torch.is_tensor(indices) else whole_numbers(indices, 'indices', lowest=0, device=features.device)
     near = knn(features[indices], features, k, own=indices, check=False)[1]
     cosines = cosines_within(features, near)
     try: check_norms(cosines.diagonal(dim1=1, dim2=2).sqrt().flatten(), rows=near.flatten())

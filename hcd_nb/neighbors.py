@@ -43,7 +43,7 @@ def slack(
     rows: torch.Tensor, # (Q, d) unit rows
 ) -> float:
     "How far apart rounding can bring the products of equal unit rows"
-    return (32 + rows.shape[1]/32)*torch.finfo(rows.dtype).eps
+    return (32 + rows.shape[1]/32)*torch.finfo(torch.float32).eps
 
 def exact_products(
     queries: torch.Tensor, # (Q, d) unit rows

@@ -138,7 +138,8 @@ def read_weights(
     if not file.is_file(): raise ValueError(f"there is no weight file {file}: give 'none', 'imagenet' or an existing .pth, .pt or .safetensors file")
     if file.suffix == '.safetensors': return only_tensors(read_tensors(file, 'save the weights again with torch.save or as .safetensors')[0], file.name)
     try:
-        with warnings.catch_warnings(action='ignore'): # of what is refused anyway
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of what is refused anyway
             state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f'{file.name} holds more than tensors, or is no torch file, and is not opened because it could run code: '

@@ -77,7 +77,7 @@ class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
         norm: nn.Module, # BatchNorm1d or BatchNorm2d; its parameters and statistics are taken over
         group: int, # n: images of a group, 2 or more
     ):
-        if group < 2: raise ValueError(f'bn_group is {group}: statistics need groups of two images or more; 0 normalises the whole batch')
+        if type(group) is not int or group < 2: raise ValueError(f'bn_group is {group}: statistics need groups of two images or more; 0 normalises the whole batch')
         nn.Module.__init__(self)
         self.__dict__.update(norm.__dict__)
         self.group = group

@@ -8,7 +8,7 @@ __all__ = ['PLAIN', 'GeM', 'Encoder', 'check_images', 'plain_name', 'WeightRepor
            'one_domain', 'save_encoder', 'encoder_digest', 'described', 'shapes_of', 'load_encoder', 'extract_features']
 
 # %% ../nbs/04_encoder.ipynb #d8aabd53
-import copy, json, pickle, re
+import copy, json, pickle, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +137,10 @@ def read_weights(
     file = Path(file)
     if not file.is_file(): raise ValueError(f"there is no weight file {file}: give 'none', 'imagenet' or an existing .pth, .pt or .safetensors file")
     if file.suffix == '.safetensors': return only_tensors(read_tensors(file, 'save the weights again with torch.save or as .safetensors')[0], file.name)
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of what is refused anyway
+            state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f'{file.name} holds more than tensors, or is no torch file, and is not opened because it could run code: '
                          f'save the state_dict alone with torch.save or as .safetensors') from error
@@ -307,7 +310,7 @@ def extract_features(
     "Encode images in batches, in evaluation mode"
     indices = torch.arange(len(store)) if indices is None else whole_numbers(indices, 'indices', lowest=0).cpu()
     if isinstance(store, (list, tuple)): raise ValueError(f'the store is a {type(store).__name__}: give an ImageStore, or a tensor of crops')
-    if batch_size < 1: raise ValueError(f'batch_size is {batch_size}: encode one image or more at a time')
+    if type(batch_size) is not int or batch_size < 1: raise ValueError(f'batch_size is {batch_size}: encode one image or more at a time')
     home = next(encoder.parameters()).device
     out = torch.empty(len(indices), encoder.dim, device=device or home)
     modes = [(m, m.training) for m in encoder.modules()]

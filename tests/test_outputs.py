@@ -142,7 +142,7 @@ def msmt17(folder):
             (folder/f"{name}.txt").write_text("\n".join(lines))
 
 def listed(folder):
-    rows = [f"../elsewhere/{k}.png,p{k % 6},{k % 3}" for k in range(48)]
+    rows = [f"../elsewhere/{k}.png,p{k % 6},{k//6 % 3}" for k in range(48)]
     for k in range(48): picture(folder/f"../elsewhere/{k}.png", k)
     folder.mkdir(exist_ok=True); (folder/"table.csv").write_text("path,identity,camera\n" + "\n".join(rows))
 

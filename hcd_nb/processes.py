@@ -38,7 +38,8 @@ def share(
     n: int, # things to share out, 0 or more
 ) -> slice: # of range(n)
     "The part of this process; raises ValueError for what is no number of things"
-    if not isinstance(n, Integral) or n < 0: raise ValueError(f"{n!r} things cannot be shared out: give a whole number, 0 or more.")
+    if not isinstance(n, Integral) or n < 0:
+        raise ValueError(f"{n!r} things cannot be shared out: give a whole number, 0 or more.")
     return slice(n*rank()//size(), n*(rank() + 1)//size())
 
 # %% ../nbs/12_processes.ipynb #62c899f2
@@ -47,14 +48,16 @@ def patience() -> float: # seconds
     told = os.environ.get("HCD_NB_TIMEOUT", "300")
     try: seconds = float(told)
     except ValueError: seconds = 0.
-    if not 5 <= seconds <= 86400: raise ValueError(f"HCD_NB_TIMEOUT is {told!r}: it is how many seconds a process without a sign of life is waited for, from 5 to 86400.")
+    if not 5 <= seconds <= 86400:
+        raise ValueError(f"HCD_NB_TIMEOUT is {told!r}: it is how many seconds a process without a sign of life "
+                         "is waited for, from 5 to 86400.")
     return seconds
 
 # %% ../nbs/12_processes.ipynb #874bee84
 LEFT = 2**40 # signs of one that has left in good order
 
 def silent(
-    seen: dict, # process → its signs and the looks since the last new one, when they were looked at last; changed in place
+    seen: dict, # process → its signs, and the looks since the last new one; changed in place
     signs: dict, # process → its signs so far
     looks: float, # how many without a new one are too many
 ) -> list: # processes
@@ -67,13 +70,15 @@ def silent(
 # %% ../nbs/12_processes.ipynb #7db5813e
 def _give_up(lost, seconds): # in the thread: numbers of processes
     me, n = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    print(f"\nprocess {me} of {n} stops: there was no sign of life from process {', '.join(map(str, lost))} for {seconds:g} seconds: it is stopped, or its machine hangs. "
-          "Continue with --resume. To wait longer, set HCD_NB_TIMEOUT to more seconds.", file=sys.stderr, flush=True)
+    print(f"\nprocess {me} of {n} stops: there was no sign of life from process {', '.join(map(str, lost))} for "
+          f"{seconds:g} seconds: it is stopped, or its machine hangs. Continue with --resume. To wait longer, "
+          "set HCD_NB_TIMEOUT to more seconds.", file=sys.stderr, flush=True)
     os._exit(1)
 
 def _signs_of_life(done, seconds, pause): # the thread of `watched`
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=seconds))
+        where, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=seconds)
+        store = dist.TCPStore(*where, timeout=wait)
         me, n, seen = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {}
         key = lambda process: f"hcd_nb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{process}"
         while not done.wait(pause):
@@ -98,7 +103,8 @@ def watched(
 class ProcessLost(RuntimeError):
     "Another process of the group has ended"
 
-BROKEN = ("Connection closed", "Connection reset", "onnection refused", "Broken pipe", "Timed out", "NCCL") # in messages of torch's
+# parts of torch's messages
+BROKEN = ("Connection closed", "Connection reset", "onnection refused", "Broken pipe", "Timed out", "NCCL")
 
 def own_device(
     device: str | torch.device, # what all processes were told
@@ -106,9 +112,11 @@ def own_device(
     "The device of this one of several processes; raises ValueError where it has none"
     name = str(device)
     if torch.device(name).type != "cuda": return name
-    if name != "cuda": raise ValueError(f"Several processes cannot share {name}: each takes a GPU of its own, with --device cuda.")
+    if name != "cuda": raise ValueError(f"Several processes cannot share {name}: each takes a GPU, with --device cuda.")
     number, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if number >= n: raise ValueError(f"Process {number} of this machine finds no GPU: there are {n}; start at most one process for each (--nproc_per_node={max(n, 1)}).")
+    if number >= n:
+        raise ValueError(f"Process {number} of this machine finds no GPU: there are {n}; "
+                         f"start at most one process for each (--nproc_per_node={max(n, 1)}).")
     return f"cuda:{number}"
 
 # %% ../nbs/12_processes.ipynb #5b1bc8d9
@@ -116,17 +124,20 @@ def own_device(
 def started(
     device: str | torch.device, # 'cpu' or 'cuda'
 ):
-    "Inside, the processes that torchrun started are a group; yields the device of this one. Raises ProcessLost where another one ends"
+    "Inside, torchrun's processes are a group; yields the device of this one. Raises ProcessLost where another one ends"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
     with watched(patience()):
         if (device := own_device(device)).startswith("cuda"): torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-        try: yield device
+        try:
+            dist.all_reduce(torch.zeros(1, device=device)) # nobody leaves before all are connected
+            yield device
         except (RuntimeError, dist.DistError) as e:
             if not isinstance(e, dist.DistError) and not any(w in str(e) for w in BROKEN): raise
-            raise ProcessLost(f"process {rank()} of {size()} stops: another process of this run has ended. Look for its message above; then continue with --resume.") from None
+            raise ProcessLost(f"process {rank()} of {size()} stops: another process of this run has ended. "
+                              "Look for its message above; then continue with --resume.") from None
         finally:
             if dist.is_initialized(): dist.destroy_process_group()
 
@@ -154,7 +165,9 @@ def gathered(
     x: torch.Tensor, # (n, ...) this process's part; n may differ, the rest may not
 ) -> torch.Tensor: # all parts in the order of the processes
     "The parts of all processes, one after the other; raises ValueError for what has no rows"
-    if not torch.is_tensor(x) or not x.ndim: raise ValueError(f"a {type(x).__name__}{' without a dimension' if torch.is_tensor(x) else ''} cannot be gathered: give a tensor, (n, ...).")
+    if not torch.is_tensor(x) or not x.ndim:
+        what = f"a tensor of shape {tuple(x.shape)}" if torch.is_tensor(x) else f"a {type(x).__name__}"
+        raise ValueError(f"{what} cannot be gathered: give a tensor, (n, ...).")
     if size() == 1: return x
     lengths = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(size())]
     dist.all_gather(lengths, torch.tensor([len(x)], device=x.device))

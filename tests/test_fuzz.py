@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from mutate import NAMES, NASTY, Reader, changed_bytes, changed_csv, changed_header, changed_json_file, changed_lines, changed_metadata, closed, json_bytes, opened, outcome, serve
 
 # How many cases of each reader in the fast form; the slow form has twelve times as many.
-COUNTS = dict(pictures=250, large=5, doctor=8, folder=50, csv=90, msmt=50, cuhk=50, encoder=80, weights=80, checkpoint=50, checkpoint_header=40, config=60, record=70, features=50, labels=40, label_bank=20,
+COUNTS = dict(pictures=250, large=5, doctor=8, folder=50, csv=90, msmt=50, cuhk=50, encoder=80, weights=80, checkpoint=50, checkpoint_header=40, journal=20, config=60, record=70, features=50, labels=40, label_bank=20,
               published=20, manifest=15, environment=15, search=3)
 assert sum(COUNTS.values()) >= 1000
 
@@ -381,34 +381,65 @@ class Readers:
 
     # runs
 
+    def run_folder(self):
+        "A run with what it needs to go on, and no earlier checkpoint"
+        here = self.fresh()
+        for f in sorted((self.world/"run").iterdir()):
+            if not ("checkpoint" in f.name and f.name != "checkpoint.safetensors" or f.name == ".lock"): os.link(f, here/f.name)
+        return here
+
     def run(self):
+        "The run, read from where all cases lie, and its state"
         from hcd_nb.command import kept_settings
         from hcd_nb.configs import RunConfig
         from hcd_nb.training import Run
-        run = Run(RunConfig(**kept_settings(self.world/"run")), self.world/"run")
+        here = self.run_folder()
+        run = Run(RunConfig(**kept_settings(here)), here)
         run.load()
-        return run
+        return run, self.state_of(run)
 
-    def state_of(self, run): return flat(dict(run.trainer.state_dict(), seconds=run.seconds, evaluations=run.evaluations, changes=run.changes))
+    def state_of(self, run):
+        return flat(dict(run.trainer.state_dict(), seconds=run.seconds, evaluations=run.evaluations, changes=list(getattr(run, "changes", [])), rows=run.trainer.history))
 
-    def load_checkpoint(self, here, forged):
-        from hcd_nb.training import read_checkpoint
-        run = self.once("run", self.run)
-        kept = self.once("state of the run", lambda: self.state_of(run))
-        run.out = here
-        read_checkpoint(here/"checkpoint.safetensors", whole=False)
-        run.load()
-        if not forged: same(self.state_of(run), kept, "checkpoint.safetensors")
+    def going_on(self, forged):
+        "Take up the run that lies where all cases lie"
+        run, kept = self.once("run", self.run)
+        def read():
+            run.load()
+            if not forged: same(self.state_of(run), kept, "checkpoint.safetensors")
+        return read
 
     def checkpoint(self, r):
-        here, b = self.fresh(), self.content("run/checkpoint.safetensors")
-        put(here/"checkpoint.safetensors", r.choice((changed_bytes, changed_header))(b, r))
-        return lambda: self.load_checkpoint(here, False)
+        read, here = self.going_on(False), self.run_folder()
+        put(here/"checkpoint.safetensors", r.choice((changed_bytes, changed_header))(self.content("run/checkpoint.safetensors"), r))
+        return read
 
     def checkpoint_header(self, r):
-        here, b, forged = self.fresh(), self.content("run/checkpoint.safetensors"), r.random() < .8
-        put(here/"checkpoint.safetensors", changed_metadata(b, r, ("sha256",) if forged else ()))
-        return lambda: self.load_checkpoint(here, forged)
+        forged = r.random() < .8
+        read, here = self.going_on(forged), self.run_folder()
+        put(here/"checkpoint.safetensors", self.forged_checkpoint(r) if forged else changed_metadata(self.content("run/checkpoint.safetensors"), r))
+        return read
+
+    def forged_checkpoint(self, r):
+        "Other settings and numbers under digests that are right, or under none, as in older files"
+        from hcd_nb import files
+        b = changed_metadata(self.content("run/checkpoint.safetensors"), r, ("sha256",))
+        header, tensors = opened(b)
+        about = header.get("__metadata__")
+        if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()) or r.random() < .2: return b
+        if "state_digest" in about: about["state_digest"] = files.tensors_digest({}, about.get("state", ""))
+        place = self.scratch.with_name("forged.safetensors")
+        try: files.write_tensors(self.once("tensors of the run", lambda: files.read_tensors(self.world/"run"/"checkpoint.safetensors")[0]), place, **{k: v for k, v in about.items() if k})
+        except (ValueError, TypeError): return b
+        return place.read_bytes()
+
+    def journal(self, r):
+        "What a checkpoint counts on in files beside it"
+        read, here = self.going_on(False), self.run_folder()
+        results = {"config.json", "encoder.safetensors", "evaluations.csv", "history.parquet", "label_bank.safetensors", "label_history.parquet", "pseudo_identities.csv", "record.json", "checkpoint.safetensors"}
+        beside = sorted(f.name for f in here.iterdir() if f.name not in results and f.suffix != ".png")
+        if beside: put(here/(name := r.choice(beside)), changed_bytes(self.content(f"run/{name}"), r))
+        return read
 
     def older_checkpoint(self):
         "One without settings, as versions before kept them: config.json is then what counts"
@@ -600,7 +631,7 @@ def answering():
     from tempfile import mkdtemp
     for module in MODULES: import_module(module)
     readers = Readers(os.environ["HCD_FUZZ_WORLD"], Path(mkdtemp(prefix="case-", dir=Path(os.environ["HCD_FUZZ_WORLD"]).parent))/"here")
-    readers.run()
+    readers.once("run", readers.run)
     def answer(reader, number):
         read = getattr(readers, reader)(random.Random(f"{reader} {number}"))
         kind, name, said, place, _ = outcome(read)

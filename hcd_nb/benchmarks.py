@@ -16,9 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-from .configs import choose_device
-from .files import atomic_write, folder_lock, unwritten
-
 # %% ../nbs/70_benchmarks.ipynb #e573b666
 def seconds(
     work, # without arguments
@@ -372,6 +369,7 @@ def measure_piece(
 ) -> None:
     "Measure one piece, write its rows whole, and print them; one that cannot be measured is left out with a sentence"
     import pandas as pd
+    from hcd_nb.files import atomic_write
     try: rows = PIECES[name](device)
     except ValueError as e: return print(f"hcd_bench: {name} is left out: {e}", file=sys.stderr)
     if not rows: return
@@ -391,6 +389,8 @@ def main(words=None): # exit status; 2: a device that is not here, or nowhere to
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     p.add_argument("--out", default="data/benchmarks", help="folder of the results")
     args = p.parse_args(words)
+    from hcd_nb.configs import choose_device
+    from hcd_nb.files import folder_lock, unwritten
     try:
         device = str(choose_device(args.device))
         with folder_lock(args.out):

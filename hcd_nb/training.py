@@ -845,7 +845,7 @@ def check_same(self:Run,
 # %% ../nbs/21_training.ipynb #fb6e1bdc-16
 @patch
 def save(self:Run):
-    "Write what is new of the history, then the checkpoint; the one before it stays under a name of its own."
+    "Write what is new of the history, then the checkpoint; the one of an earlier iteration stays beside it."
     t, kept = self.trainer, {"history": self.trainer.history, "changes": self.changes}
     self.out.mkdir(parents=True, exist_ok=True)
     if not rank():
@@ -854,7 +854,8 @@ def save(self:Run):
                 warn_again=self.warn_again, notes=self.domain.notes[self.read_notes:], recall=t.recall,
                 method=name_of(type(t.method)), home=self.home,
                 journals={name: journal.state() for name, journal in self.journals.items()})
-    save_checkpoint(t, self.out/CHECKPOINT, self.out/PREVIOUS if self.whole else None, **more)
+    older = self.whole and self.saved_at != t.iteration
+    save_checkpoint(t, self.out/CHECKPOINT, self.out/PREVIOUS if older else None, **more)
     self.saved_at, self.whole = t.iteration, True
 
 # %% ../nbs/21_training.ipynb #9e3acb03

@@ -207,7 +207,8 @@ def changed_metadata(b, r, forge=()):
     elif how == 1: about.pop(key, None)
     elif how == 2: about[key] = r.choice(("", "x", "{", "null", "[]", "{}", "3", DEEP))
     elif how == 3: about[key] = odd_json(b"{}", r).decode("utf-8", "replace")
-    else: about[key] = json_bytes(changed_json(json.loads(about[key]), r)).decode()
+    elif about.get(key, "")[:1] in ("{", "["): about[key] = json_bytes(changed_json(json.loads(about[key]), r)).decode()
+    else: about[key] = r.choice((about.get(key, "")[::-1], about.get(key, "") + "0", "é"*64))
     return closed(header, tensors)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from mutate import NAMES, NASTY, Reader, changed_bytes, changed_csv, changed_header, changed_json_file, changed_lines, changed_metadata, closed, json_bytes, opened, outcome, serve
+from mutate import NAMES, NASTY, Reader, changed_bytes, changed_csv, changed_header, changed_json_file, changed_lines, changed_metadata, closed, json_bytes, opened, outcome, place_of, serve
 
 # How many cases of each reader in the fast form; the slow form has twelve times as many.
 COUNTS = dict(pictures=250, large=5, doctor=8, folder=50, csv=90, msmt=50, cuhk=50, encoder=80, weights=80, checkpoint=50, checkpoint_header=40, journal=20, config=60, record=70, features=50, labels=40, label_bank=20,
@@ -633,7 +633,8 @@ def answering():
     readers = Readers(os.environ["HCD_FUZZ_WORLD"], Path(mkdtemp(prefix="case-", dir=Path(os.environ["HCD_FUZZ_WORLD"]).parent))/"here")
     readers.once("run", readers.run)
     def answer(reader, number):
-        read = getattr(readers, reader)(random.Random(f"{reader} {number}"))
+        try: read = getattr(readers, reader)(random.Random(f"{reader} {number}"))
+        except Exception as e: return ["crash", type(e).__name__, f"the case cannot be made: {e}"[:300], place_of(e)]
         kind, name, said, place, _ = outcome(read)
         return ["unnoticed" if name == "Changed" else kind, name, said, place]
     return answer

@@ -146,7 +146,7 @@ def check_search(
     if queries.shape[1] != bank.shape[1]: raise ValueError(f'queries have {queries.shape[1]} dimensions and the bank {bank.shape[1]}: use one encoder for both.')
     if queries.device != bank.device: raise ValueError(f'the queries are on {queries.device} and the bank on {bank.device}: move them to one place.')
     if k < 1: raise ValueError(f'k is {k}: ask for at least one neighbour.')
-    if queries.dtype == bank.dtype and bank.is_floating_point(): return queries, bank
+    if queries.dtype == bank.dtype and queries.is_floating_point(): return queries, bank
     if hasattr(bank, 'fetch'): return queries.to(bank.dtype), bank
     precision = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
     return queries.to(precision), bank.to(precision)

@@ -84,7 +84,7 @@ def tensors(file):
 
 def without_times(x):
     "A record without what no two runs share"
-    return {k: v for k, v in x.items() if k not in ("seconds", "date", "command")}
+    return {k: v for k, v in x.items() if k not in ("seconds", "date", "command", "commit")}
 
 
 def same_run(a, b):

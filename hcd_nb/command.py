@@ -61,16 +61,17 @@ def kept_settings(folder): # → dict
 
 def resumed(args): # of parser() → RunConfig
     "The settings of a run that goes on, with what may change changed."
-    from hcd_nb.configs import make_config
+    from hcd_nb.configs import config_from, make_config
     from hcd_nb.training import MAY_CHANGE
     typed = typed_settings(args)
     fixed = [*(name for name in typed if name not in MAY_CHANGE), *(["preset"] if args.preset else []), *(["out"] if args.out else [])]
     if fixed: raise ValueError(f"A run goes on with its own settings: leave out {', '.join(fixed)}, or start a new run. What may change with --resume: {', '.join(MAY_CHANGE)}.")
     changed, kept = make_config(**typed), kept_settings(args.resume)
-    try: return make_config(**{**kept, **{name: getattr(changed, name) for name in typed}})
-    except (TypeError, ValueError) as e:
+    try: config_from(kept)
+    except ValueError as e:
         said = str(e).split(" (did")[0].split(";")[0]
         raise ValueError(f"{args.resume} is a run of another version of hcd_nb ({said}): continue it with that one.") from None
+    return config_from({**kept, **{name: getattr(changed, name) for name in typed}})
 
 # %% ../nbs/39_command.ipynb #0a4c1e66
 def configure(args, # of parser()

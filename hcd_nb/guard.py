@@ -76,9 +76,11 @@ def collapse(
 class LastUpdates:
     "Of a history, what `collapse` needs"
     def __init__(self,
+        history=(), # rows so far, the oldest first
         window: int = 100, # updates
     ):
         self.began, self.rows = None, deque(maxlen=window)
+        for row in history: self.note(row)
 
     def note(self,
         row: dict, # the newest of the history; it may be given `reinitialised` later
@@ -92,18 +94,3 @@ class LastUpdates:
     ) -> str: # empty while all is well
         "What `collapse` says of the whole history"
         return collapse(self.rows, n_images, self.rows.maxlen, self.began or 0)
-
-# %% ../nbs/19_guard.ipynb #42ccfa55
-@patch
-def state_dict(self: LastUpdates) -> dict: # numbers and lists of them, as JSON takes them
-    "What a checkpoint keeps"
-    return dict(began=self.began, rows=[dict(r) for r in self.rows])
-
-@patch
-def load_state_dict(self: LastUpdates,
-    state: dict, # what `state_dict` gave
-) -> None:
-    "Go on where another one stopped"
-    self.began = state["began"]
-    self.rows.clear()
-    self.rows.extend(state["rows"])

@@ -40,7 +40,7 @@ import hcd_nb
 from .augmentation import augment, jitter, normalise_images
 from .catalog import Doctor, few, split_claim
 from .checks import is_known
-from .configs import DEFAULT_FORM, RunConfig, make_config, settled
+from .configs import DEFAULT_FORM, RunConfig, check_encoder, make_config, settled
 from .data import DataError, locate, read_domain
 from .dynamics import ClusterDynamics, share_moved
 from .encoder import build_encoder, extract_features, load_weights, one_domain, save_encoder
@@ -48,7 +48,7 @@ from .evaluation import adjusted_rand_index, evaluate, label_quality, normalise_
 from .feature_bank import FeatureBank, cluster_means
 from .files import DIGEST, Damaged, as_json, atomic_write, folder_lock, read_metadata, read_tensors
 from .files import relative_names, tensors_digest, unwritten, write_tensors
-from .guard import collapse, silhouette, silhouettes
+from .guard import LastUpdates, silhouette, silhouettes
 from .images import ImageStore, picture_digests
 from .label_bank import LabelBank, NoClusters, draw_k_distances
 from .losses import contrastive_loss
@@ -716,6 +716,7 @@ class Run:
         self.config, self.out, self.device, self.seconds, self.evaluations, self.warn_again = config, Path(out), device, 0., [], 0
         self.changes, self.seen, self.tested, self.asides = [], None, {}, []    # asides are said, and enter no record
         self.saved_at, self.whole, self.ended = None, True, False    # iteration; is that checkpoint whole; had it ended
+        self.updates = LastUpdates()
         self.home, size = str(home or Path.cwd()), (config.height, config.width)
         self.find_places()
         self.domain = read_domain(self.places["target"], skip_bad=config.skip_bad, test_share=config.test_share)
@@ -865,6 +866,7 @@ def take_journals(self:Run, states):
     rows = self.journals["history"].read(states["history"], rows_of_lines)
     changes = self.journals["changes"].read(states["changes"], changes_of_bytes)
     self.trainer.history, self.changes = rows or [], changes or []
+    self.updates = LastUpdates(self.trainer.history)
     for name, found in (("history", rows), ("changes", changes)):
         if found is None: self.domain.notes.append(f"{self.journals[name].file.name} is missing: what it held of the "
                                                    f"iterations before {self.trainer.iteration} is not in the results.")
@@ -949,7 +951,7 @@ class LabelsCollapsed(ValueError):
 def guard(self:Run):
     "Say so when the labels have run away, and do what `on_collapse` says."
     t, what = self.trainer, self.config.on_collapse
-    sentence = collapse(t.history, len(self.domain.train)) if t.label_bank is not None else ""
+    sentence = self.updates.verdict(len(self.domain.train)) if t.label_bank is not None else ""
     if not sentence or t.iteration < self.warn_again: return
     said = f"Iteration {t.iteration}: {sentence}"
     if what == "stop":
@@ -1006,6 +1008,7 @@ def step(self:Run):
         row.update(self.watch())
         if self.config.label_history: self.note_changes()
     t.history.append({**row, "seconds": time.perf_counter() - began})
+    self.updates.note(t.history[-1])
     self.guard()
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-14
@@ -1074,7 +1077,7 @@ def fallen(evaluations, # rows of Run, oldest first
 
 # %% ../nbs/21_training.ipynb #0a4c1e38
 @patch
-def check_encoder(self:Run):
+def check_finite(self:Run):
     "Raise ValueError where the encoder gives no numbers any more."
     t, some = self.trainer, torch.arange(min(16, len(self.trainer.target)))
     features = extract_features(t.encoder, t.target, some, batch_size=16, device=t.device, domain=0 if t.label_bank is None else t.target_domain)
@@ -1162,7 +1165,7 @@ def finish(self:Run):
     t, due = self.trainer, self.due()
     if not due: return
     adapted = t.label_bank is not None
-    self.check_encoder()
+    self.check_finite()
     stage = "after" if adapted else "direct transfer"
     if not any(e["stage"] == stage for e in self.evaluations):
         began = time.perf_counter()
@@ -1241,7 +1244,9 @@ def train(config,         # RunConfig, see make_config
 def train_in(config, out, device="cpu", resume=False, progress=True, stop_at=None, before=lambda run: None, method=None):
     "What `train` does, in a folder that is held; → Run"
     config = settled(config, device)
-    run = Run(config, out, device, method, look_at(config, out, resume, method))
+    home = look_at(config, out, resume, method)
+    if not resume: check_encoder(config)
+    run = Run(config, out, device, method, home)
     if run.trainer.method.needs_identities and not run.domain.train.has_identities: raise DataError(f"The target {config.target} has no identities: method {config.method} needs them.")
     if resume: run.load()
     if rank() == 0 and not (run.ended and (run.out/"config.json").exists()):

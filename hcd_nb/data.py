@@ -352,7 +352,7 @@ def _embedded(
 ): # Path
     "The folder of an embedded domain."
     place, own = embedded_root() / where, Path(where)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         if own.is_dir(): return own
         doctor.refuse(f'the embedded set is not in {embedded_root()}', 'render it with hcd_render, let HCD_NB_DATA name the folder that holds pedestrians/, or name a folder of your own')
     if own.is_dir() and not own.samefile(place): doctor.refuse('the embedded set has this name, and so has a folder here', f'write ./{where} for the folder, or {place} for the embedded set')

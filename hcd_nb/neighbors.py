@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from scipy import sparse
-from .checks import as_tensor, check_unit, feature_rows, feature_rows as check_features, whole_numbers
+from .checks import as_tensor, check_unit, feature_rows, whole_numbers
 
 # %% ../nbs/11_neighbors.ipynb #63e21bf7
 def largest(

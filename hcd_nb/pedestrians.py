@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import multiprocessing
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 from .bodies import Dressed, Garment, Person, dress, need_renderer, renderer_available
 from .cameras import STYLES, Camera, Style, develop, occlude, project, sample_camera, seeded
+from .files import file_digest
 from .figures import Actor, Tracer, crop_box, place_vertices, pose_turns, shade
 
 # %% ../nbs/02_pedestrians.ipynb #6e59fb12
@@ -441,7 +443,12 @@ def read_manifest(
     "The rows of a manifest."
     path = Path(out)/'manifest.csv'
     if not path.exists(): raise FileNotFoundError(f'no manifest.csv in {out}: render the set with hcd_render --out {out}')
-    with open(path, newline='') as f: return list(csv.DictReader(f))
+    try:
+        with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+        if all(isinstance(r.get(c), str) for r in rows for c in ('file', 'sha256')): return rows
+        reason = 'a row without file or sha256'
+    except (OSError, ValueError, csv.Error) as e: reason = type(e).__name__
+    raise ValueError(f'{path} is no manifest of hcd_render ({reason}): render the set again')
 
 def check_set(
     out, # folder of a rendered set
@@ -449,7 +456,7 @@ def check_set(
     "Files that are missing, changed or unknown to the manifest."
     rows = {r['file']: r['sha256'] for r in read_manifest(out)}
     found = {p.relative_to(out).as_posix(): p for p in Path(out).rglob('*.jpg')}
-    wrong = [f for f, h in rows.items() if f not in found or hashlib.sha256(found[f].read_bytes()).hexdigest() != h]
+    wrong = [f for f, h in rows.items() if f not in found or not os.path.isfile(found[f]) or file_digest(found[f]) != h]
     return sorted(wrong + [f for f in found if f not in rows])
 
 # %% ../nbs/02_pedestrians.ipynb #102144c8
@@ -499,6 +506,6 @@ def main(
         rows = [r for d in domains for r in render_domain(d, a.out, a.identities, a.size, a.seed, a.jobs, a.device, most=a.most)]
         print(f'{len(rows)} crops, manifest {write_manifest(rows, a.out)}')
         return 0
-    except (ModuleNotFoundError, FileNotFoundError, ValueError) as e:
+    except (ModuleNotFoundError, OSError, ValueError) as e:
         print(f'hcd_render: {e}', file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED_AS', 'ALPHAS', 'TABLES', 'METRICS', 'World', 'embedded_wor
            'draw_sweep', 'draw_bars', 'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from .configs import DEFAULT_FORM, BankConfig, RunConfig, make_config, settled
 from .data import embedded_root
 from .files import atomic_write, read_json
+from .images import printable
 
 # %% ../nbs/40_results.ipynb #922b19a9
 @dataclass(frozen=True)
@@ -211,8 +213,9 @@ def find_records(
     folder="runs", # where hcd_train wrote; '': only those of the repository
 ) -> dict: # name → record
     "The records of a world's runs"
-    files = {f.stem: f for f in sorted((embedded_root()/"runs"/world.name).glob("*.json"))}
-    if folder: files |= {f.parent.name: f for f in sorted((Path(folder)/world.name).glob("*/record.json"))}
+    own, made = embedded_root()/"runs"/world.name, Path(folder)/world.name
+    files = {f.stem: f for f in sorted(own.glob("*.json"))} if os.path.isdir(own) else {}
+    if folder and os.path.isdir(made): files |= {f.parent.name: f for f in sorted(made.glob("*/record.json"))}
     return {name: read_record(f) for name, f in files.items()}
 
 # %% ../nbs/40_results.ipynb #226d43f9
@@ -233,14 +236,14 @@ def differences(
     "Settings in which a record is not what is planned"
     config = settled(make_config(world.preset, **run.settings))
     had, free = record["config"], {"source", "target", "weights", "precision", "label_history"} | unread(config)
-    return [f"{k}: {had[k]}, planned {v}" for k, v in asdict(config).items() if k in had and k not in free and had[k] != v]
+    return [f"{k}: {printable(had[k])}, planned {v}" for k, v in asdict(config).items() if k in had and k not in free and had[k] != v]
 
 # %% ../nbs/40_results.ipynb #a869a311
 def published() -> dict: # (table, row, column, metric) → value
     "The paper's numbers"
     file = embedded_root()/"published.csv"
-    try: table = pd.read_csv(file, dtype={"row": str})[["table", "row", "column", "metric", "value"]]
-    except (OSError, ValueError, KeyError) as e: raise ValueError(f"{file} cannot be read as the paper's numbers ({type(e).__name__}): take the file of the repository, or let HCD_NB_DATA name the folder that holds it.") from None
+    try: table = pd.read_csv(file, dtype={"row": str, "value": float})[["table", "row", "column", "metric", "value"]]
+    except (OSError, ValueError, KeyError) as e: raise ValueError(f"{printable(file)} cannot be read as the paper's numbers ({type(e).__name__}): take the file of the repository, or let HCD_NB_DATA name the folder that holds it.") from None
     return {tuple(k): v for *k, v in table.itertuples(index=False)}
 
 def figures(record, stage) -> dict: # metric → per cent

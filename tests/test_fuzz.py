@@ -586,7 +586,7 @@ class Readers:
     def environment(self, r):
         here = self.a_set(r)
         name = r.choice(("HCD_NB_DATA", "HCD_NB_DATA", "WORLD_SIZE", "RANK"))
-        value = r.choice(("", "x", "-1", "0", "1.5", "1e9", "9"*30, "/dev/null", "/nowhere", "~", str(here), "$$", "日本", "a\nb", "x"*5000))
+        value = r.choice(("", "x", "-1", "0", "1.5", "1e9", "9"*30, "/dev/null", "/nowhere", "~", str(here), "$$", "日本"))
         def read():
             from hcd_nb.data import embedded_root, read_domain
             from hcd_nb.processes import started

@@ -318,7 +318,7 @@ def check_encoder(
     "Raise ValueError for an encoder that does not exist, and for weights that are not there"
     name, weights = config.encoder, config.weights
     own = name in models.list_models(module=models)
-    if not own and name not in backbone_names(): build_backbone(name)    # which says so
+    if not own and name != "resnet10s" and name not in backbone_names(): build_backbone(name)    # which says so
     if weights == "none" or Path(weights).is_file(): return
     if not weights.upper().startswith("IMAGENET"):
         raise ValueError(f"There is no weight file {weights}: give none, imagenet, or a file (--weights), "

@@ -450,6 +450,7 @@ def read_manifest(
     except (OSError, ValueError, csv.Error) as e: reason = type(e).__name__
     raise ValueError(f'{path} is no manifest of hcd_render ({reason}): render the set again')
 
+# %% ../nbs/02_pedestrians.ipynb #faf6eb3b
 def check_set(
     out, # folder of a rendered set
 ) -> list: # file names

@@ -872,6 +872,7 @@ def take_journals(self:Run, states):
                                                    f"iterations before {self.trainer.iteration} is not in the results.")
     if self.changes and self.trainer.label_bank is not None: self.seen = self.trainer.label_bank.labels[-1].clone()
 
+# %% ../nbs/21_training.ipynb #08050c0e
 @patch
 def take(self:Run, file):
     "Take over what a checkpoint holds."

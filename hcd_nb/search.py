@@ -29,7 +29,7 @@ from .data import locate, read_table
 from .encoder import encoder_digest, extract_features, load_encoder, one_domain
 from .export import run_file, told, writable
 from .files import as_json, atomic_write, relative_names, table_name
-from .images import DataError, image_fault, image_files, in_threads, one_ahead, printable, read_image
+from .images import DataError, image_fault, image_files, in_threads, is_utf8, one_ahead, read_image
 from .report import drawable
 
 # %% ../nbs/27_search.ipynb #249956c4
@@ -59,7 +59,7 @@ def list_images(
         return table.assign(shown=relative_names(table.path, place.parent))
     files = image_files(place, doctor.notes)
     names = [f.relative_to(place).as_posix() for f in files]
-    if odd := [s for s in names if s != printable(s)]: doctor.refuse(f'not UTF-8: {few(odd)}', 'rename files and folders so that their names are')
+    if odd := [s for s in names if not is_utf8(s)]: doctor.refuse(f'not UTF-8: {few(odd)}', 'rename files and folders so that their names are')
     if not files: doctor.refuse('no images here', '; '.join(['name a folder that holds some', *doctor.notes]))
     known, why = known_labels(place, where, claim)
     if why: doctor.notes.append(f'identities are read from names alone, since the folder is no set to train on: {why}')

@@ -130,7 +130,7 @@ def market(folder):
         for k in shots: picture(folder/part/f"{k:04d}_c{1 + (part == 'query')}s1_{k:06d}_00.jpg", k)
 
 def people(folder):
-    for k in range(48): picture(folder/f"person {'abcdefgh'[k % 8]}"/f"{k}_c{k % 3}.png", k)
+    for k in range(48): picture(folder/f"person {'abcdefgh'[k % 8]}"/f"c{k % 3}_{k}.png", k)
 
 def msmt17(folder):
     for part, lists in (("train", ("list_train", "list_val")), ("test", ("list_query", "list_gallery"))):

@@ -700,7 +700,8 @@ def test_the_reading_process_is_watched(tmp_path):
     """What must not be is seen: an endless wait, an end without a word, and memory."""
     watched = Reader("""
 import time, mutate
-what = dict(fine=lambda: 1, hang=lambda: time.sleep(60), crash=lambda: mutate.os._exit(3), memory=lambda: bytearray(2**28).count(1), trace=lambda: {}["x"], sentence=lambda: __import__("hcd_nb.images").images.read_image("nowhere"), foreign=lambda: int("x"))
+from hcd_nb.images import read_image
+what = dict(fine=lambda: 1, hang=lambda: time.sleep(60), crash=lambda: mutate.os._exit(3), memory=lambda: bytearray(2**28).count(1), trace=lambda: {}["x"], sentence=lambda: read_image("nowhere"), foreign=lambda: int("x"))
 mutate.serve(lambda: lambda k: mutate.outcome(what[k])[:4])""", limit=3, memory=2**27)
     assert {k: watched.ask(k)[0] for k in ("fine", "hang", "crash", "memory", "trace", "sentence", "foreign")} == dict(fine="accepted", hang="hang", crash="crash", memory="memory", trace="trace", sentence="sentence", foreign="trace")
     watched.end()

@@ -22,7 +22,7 @@ from .checks import whole_numbers
 from .data import embedded_root
 from .doctor import as_uri
 from .files import atomic_write
-from .images import ImageStore, read_image
+from .images import ImageStore, printable, read_image
 from .report import draw_tree, levels_of, richest_clusters
 
 # %% ../nbs/41_hierarchy.ipynb #7d41aabc
@@ -115,7 +115,8 @@ def events_of(
 def check_pictures(labels, images): # Labels, ImageSet
     "Raise ValueError where labels are of other pictures"
     if [Path(p).name for p in images.paths] == labels.pictures: return
-    raise ValueError(f"The labels are not of these pictures: {labels.pictures[0]} and others are not the names in {Path(images.paths[0]).parent}.")
+    name, folder = printable(labels.pictures[0]), Path(images.paths[0]).parent
+    raise ValueError(f"The labels are not of these pictures: {name} and others are not the names in {folder}.")
 
 def draw_s_figure_1(
     labels, # Labels

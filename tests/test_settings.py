@@ -67,7 +67,7 @@ def test_numbers_are_what_they_are_in_every_spelling():
 
 
 def test_the_records_of_the_repository_are_taken_as_they_are():
-    records = [json.loads(f.read_text()) for f in sorted(Path("data").rglob("*.json"))]
+    records = [json.loads(f.read_text()) for f in sorted((Path(__file__).parents[1]/"data").rglob("*.json"))]
     known = [r["config"] for r in records if isinstance(r, dict) and "method" in r.get("config", {}) and r["config"].get("scale") != "levels"]    # levels: a word of an earlier version
     for kept in known: assert kept.items() <= asdict(config_from(kept)).items()
     assert len(known) > 100

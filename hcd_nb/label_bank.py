@@ -45,11 +45,11 @@ def same_partition(
 class LabelBank:
     "Hierarchical label bank $\\mathcal H$: one label per image and level, nested from fine to coarse"
     def __init__(self,
-        labels, # (H, N) whole numbers, not negative, row 0 finest; copied
+        labels, # (H, N) whole numbers, not negative, row 0 finest; copied into main memory
     ):
         labels = as_tensor(labels, 'labels')
         if labels.ndim != 2 or not labels.numel(): raise ValueError(f'a label bank needs labels of shape (levels, images): these are of shape {tuple(labels.shape)}.')
-        self.labels = torch.stack([whole_numbers(row, f'labels of level {h + 1}', lowest=-2**63) for h, row in enumerate(labels)])
+        self.labels = torch.stack([whole_numbers(row, f'labels of level {h + 1}', lowest=-2**63) for h, row in enumerate(labels)]).cpu()
         self.cursor, self.seen, self.journal, self.reach = [0]*len(labels), None, None, None
         self.check()
         for row in self.labels:
@@ -123,18 +123,17 @@ def members(self: LabelBank,
     label: int, # a label of that level
 ) -> torch.Tensor: # indices of its images, rising; empty for a label not in use
     "The images of one cluster"
-    label = torch.as_tensor(label, device=self.labels.device).reshape(1)
     lists = self.index(h)
-    return lists.of(label)[0] if 0 <= label < len(lists.count) else label[:0]
+    return torch.from_numpy(lists.of([label] if 0 <= label < len(lists.count) else [])[0])
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-3
 @patch
 def class_index(self: LabelBank,
     h: int = -1, # level as an index: 0 finest, -1 coarsest
-    device: torch.device | str | None = None, # where the classes are wanted; where the bank is when None
+    device: torch.device | str = 'cpu', # where the classes are wanted
 ) -> tuple[torch.Tensor, int]: # classes (N,) int64 in 0..C-1, numbered by first appearance; C
     "One level as contiguous classes"
-    return contiguous(self.labels[h].to(device or self.labels.device))
+    return contiguous(self.labels[h].to(device))
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-4
 @patch
@@ -144,15 +143,15 @@ def fresh(self: LabelBank,
 ) -> torch.Tensor: # (n,) int64
     "Labels that no image carries"
     labels, self.cursor[h] = self.index(h).fresh(n, self.cursor[h])
-    return labels
+    return torch.from_numpy(labels)
 
 # %% ../nbs/13_label_bank.ipynb #69e35eb7
 @patch
 def images(self: LabelBank,
     indices, # (n,) whole numbers, 0..N-1
-) -> torch.Tensor: # (n,) int64, where the bank is
+) -> torch.Tensor: # (n,) int64 in main memory
     "Images named by their indices; raises ValueError for one that is not there"
-    indices = whole_numbers(indices, 'indices', lowest=0, device=self.labels.device)
+    indices = whole_numbers(indices, 'indices', lowest=0, device='cpu')
     if len(indices) and indices.max() >= self.n_images: raise ValueError(f'there is no image {int(indices.max())}: the bank has {self.n_images}, numbered from 0.')
     return indices
 
@@ -165,11 +164,19 @@ def relabel(self: LabelBank,
 ) -> None:
     "Set labels at one level; moving whole lower clusters within one parent keeps the levels nested"
     lists, indices = self.index(h), self.images(indices)
-    label = torch.as_tensor(label, device=indices.device).expand(len(indices)).clone()
+    label = torch.as_tensor(label, device='cpu').expand(len(indices)).clone()
     if len(label) and not 0 <= label.min() <= label.max() < len(lists.count): raise ValueError(f'labels from {label.min()} to {label.max()}: a bank of {self.n_images} images uses 0 to {len(lists.count) - 1}; take one that `fresh` gives.')
-    if self.journal is not None and h in (-1, self.n_levels - 1): self.journal.append((indices, self.labels[h, indices]))
-    lists.move(indices, label)
-    self.seen = self.labels, self.labels._version
+    self.change(h, indices.numpy(), label.numpy())
+
+@patch
+def change(self: LabelBank,
+    h: int, # level as an index: 0 finest, -1 coarsest
+    images: np.ndarray, # (n,) int64, distinct images
+    labels: np.ndarray, # (n,) int64, 0 to 2N - 1
+) -> None:
+    "As `relabel`, for images and labels that need not be looked at"
+    if self.journal is not None and h in (-1, self.n_levels - 1): self.journal.append((images, self.labels[h].numpy()[images]))
+    self.index(h).move(images, labels)
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-6
 @patch
@@ -313,7 +320,7 @@ def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int6
 def load_state_dict(self: LabelBank,
     state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, cursor and reach may be missing
 ) -> None:
-    "Take over a saved bank, on this bank's device"
-    self.labels = LabelBank(as_tensor(state['labels'], 'labels').to(self.labels.device)).labels
+    "Take over a saved bank"
+    self.labels = LabelBank(as_tensor(state['labels'], 'labels')).labels
     self.cursor = state['cursor'].tolist() if 'cursor' in state else [0]*self.n_levels
-    self.reach = torch.atleast_2d(state['reach'].to(self.labels.device)) if 'reach' in state else None
+    self.reach = torch.atleast_2d(state['reach'].cpu()) if 'reach' in state else None

@@ -80,7 +80,7 @@ def test_neighbours_and_scores_are_the_same(gpu):
     assert abs(one.mAP - two.mAP) < 1e-5 and abs(one.mINP - two.mINP) < 1e-5 and one.n_queries == two.n_queries
 
 
-@pytest.mark.parametrize("n", [900])
+@pytest.mark.parametrize("n", [900, 100_000])
 def test_a_search_waits_for_the_gpu_once(n):
     rows = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     own = some(64, 0)

@@ -8,7 +8,7 @@ from hcd_nb.command import configure, method_class, parser
 from hcd_nb.dynamics import ClusterDynamics
 from hcd_nb.evaluation import evaluate
 from hcd_nb.label_bank import LabelBank, same_partition
-from hcd_nb.neighbors import jaccard_neighbours, ranking
+from hcd_nb.neighbors import close_entries, jaccard_neighbours, knn, ranking
 from hcd_nb.training import train
 from pretend import PretendedGPU
 from test_command import TINY, world  # noqa: F401 (world is a fixture)
@@ -78,6 +78,20 @@ def test_neighbours_and_scores_are_the_same(gpu):
     sides = lambda at: (x[:300].to(at), who[:300], cameras[:300], x.to(at), who, cameras)
     one, two = evaluate(*sides("cpu")), evaluate(*sides("cuda"))
     assert abs(one.mAP - two.mAP) < 1e-5 and abs(one.mINP - two.mINP) < 1e-5 and one.n_queries == two.n_queries
+
+
+@pytest.mark.parametrize("n", [900, 100_000])
+def test_a_search_waits_for_the_gpu_once(n):
+    rows = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    own = some(64, 0)
+    top, column = knn(rows[own], rows, 64, own=own, check=False)
+    assert close_entries(top, rows).any(), "nothing to settle"
+    with PretendedGPU() as mode:
+        there, own = rows.to("cuda"), own.to("cuda")
+        queries, mode.waits = there[own], 0
+        found = knn(queries, there, 64, own=own, check=False)
+        assert mode.waits == 1
+        assert torch.equal(found[0].cpu(), top) and torch.equal(found[1].cpu(), column)
 
 
 @pytest.mark.timeout(600)

@@ -6,13 +6,13 @@
 __all__ = ['first_largest', 'nearest_neighbour', 'union', 'resolve_pointers', 'next_anchor', 'farthest_first', 'first_seen',
            'split', 'merge_candidates', 'merge', 'density_peaks']
 
-# %% ../nbs/14_algorithm.ipynb #370066cc
+# %% ../nbs/14_algorithm.ipynb #ceec44dc
 import numpy as np
 
 from .members import compiled
 from .propagation import affinity, mutual_neighbours, propagate
 
-# %% ../nbs/14_algorithm.ipynb #653233ca
+# %% ../nbs/14_algorithm.ipynb #37ae3b6e
 @compiled
 def first_largest(
     values, # (n,) float
@@ -24,7 +24,7 @@ def first_largest(
         if values[i] >= most: return i
     return 0
 
-# %% ../nbs/14_algorithm.ipynb #340cb243
+# %% ../nbs/14_algorithm.ipynb #e7f4d6da
 @compiled
 def nearest_neighbour(
     similarity, # (n, n) among the nearest rows of an image, itself the first
@@ -39,7 +39,7 @@ def nearest_neighbour(
     p = first_largest(P)
     return p if P[p] > sigma else 0
 
-# %% ../nbs/14_algorithm.ipynb #608767e9
+# %% ../nbs/14_algorithm.ipynb #4472a729
 @compiled
 def union(
     n, # things, 0..n-1
@@ -56,7 +56,7 @@ def union(
     for i in range(n): root[i] = root[root[i]]
     return root
 
-# %% ../nbs/14_algorithm.ipynb #e8552ca9
+# %% ../nbs/14_algorithm.ipynb #f52f4173
 def resolve_pointers(
     j: np.ndarray, # (B,) int64 distinct images
     p: np.ndarray, # (B,) int64 image that each one follows; itself where it found nobody
@@ -69,7 +69,7 @@ def resolve_pointers(
     end[group[still]] = still
     return names[end[group[a]]]
 
-# %% ../nbs/14_algorithm.ipynb #c646a5c7
+# %% ../nbs/14_algorithm.ipynb #dc516594
 @compiled
 def next_anchor(
     nearest, # (n,) float, similarity of each unit to its nearest anchor; changed in place
@@ -96,7 +96,7 @@ def farthest_first(
         anchors[a] = far
     return anchors
 
-# %% ../nbs/14_algorithm.ipynb #62bc9c32
+# %% ../nbs/14_algorithm.ipynb #b16e2598
 @compiled
 def first_seen(
     labels, # (n,) int64
@@ -125,7 +125,7 @@ def split(
     for u in range(len(P)): group[u] = first_largest(P[u], 1e-4*max(P[u].max(), 0.))
     return first_seen(group)
 
-# %% ../nbs/14_algorithm.ipynb #aef3ce27
+# %% ../nbs/14_algorithm.ipynb #53ea485f
 @compiled
 def merge_candidates(
     labels, # (n,) int64 of the nearest rows, nearest first
@@ -139,7 +139,7 @@ def merge_candidates(
             n += 1
     return places[:n]
 
-# %% ../nbs/14_algorithm.ipynb #8b275760
+# %% ../nbs/14_algorithm.ipynb #8621fb9c
 @compiled
 def merge(
     nodes, # (m, m) similarity of the image, then of the other clusters' centres
@@ -157,7 +157,7 @@ def merge(
     P[0] = 0
     return P > sigma
 
-# %% ../nbs/14_algorithm.ipynb #9affc80e
+# %% ../nbs/14_algorithm.ipynb #6aecf3f3
 @compiled
 def density_peaks(
     similarity, # (n, n) between units

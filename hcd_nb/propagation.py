@@ -21,7 +21,7 @@ class Graph(NamedTuple):
 # %% ../nbs/12_propagation.ipynb #b895a89e
 @compiled
 def _least(row, own, k, cut): # similarity of the k-th nearest above the cut, the node itself the first of them; -inf where there are fewer
-    top = np.full(max(k - 1, 1), -np.inf) # rising
+    top = np.full(max(min(k - 1, len(row)), 1), -np.inf) # rising
     for j in range(len(row)):
         s = row[j]
         if j == own or not s > cut or not s > top[0]: continue
@@ -87,7 +87,7 @@ def affinity(
     loop: float, # W_ii as counted in D: 1. in the merge form, 0. in the split form
 ) -> Graph: # S; same edges; symmetric, zero diagonal, eigenvalues in [-1, 1]
     "Normalised affinity $S$ of Eq. 3"
-    W, D = np.exp(2*graph.value - 2), np.full(len(graph.start) - 1, loop)
+    W, D = np.exp(2*graph.value - 2), np.full(len(graph.start) - 1, float(loop))
     for i in range(len(D)):
         for e in range(graph.start[i], graph.start[i + 1]): D[i] += W[e]
     for i in range(len(D)):

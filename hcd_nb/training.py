@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'CHECKPOINT', 'PREVIOUS', 'REMEDY', 'MOVING', 'BY_DBSCAN', 'NUMBER', 'KEPT', 'MAY_CHANGE', 'FREE',
            'dynamics_of', 'Method', 'HCD', 'PerEpoch', 'Oracle', 'Instance', 'Trainer', 'named_method', 'learning_rate',
-           'pack', 'unpack', 'spoiled_tensors', 'keep_as', 'save_checkpoint', 'read_checkpoint', 'said_first',
-           'load_checkpoint', 'newest', 'Journal', 'row_as_line', 'rows_of_lines', 'changes_as_bytes',
+           'side_stream', 'aside', 'pack', 'unpack', 'spoiled_tensors', 'keep_as', 'save_checkpoint', 'read_checkpoint',
+           'said_first', 'load_checkpoint', 'newest', 'Journal', 'row_as_line', 'rows_of_lines', 'changes_as_bytes',
            'changes_of_bytes', 'interruptible', 'encoded_sets', 'scored', 'retrieval', 'evaluate_encoder',
            'surroundings', 'digest', 'smaller', 'check_size', 'from_home', 'folder_of', 'name_of', 'Run', 'check_kept',
            'check_settings', 'LabelsCollapsed', 'status', 'fallen', 'seen_as', 'held', 'try_to_write', 'look_at',
@@ -25,6 +25,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from shlex import quote
 
@@ -81,7 +82,9 @@ class Method(nn.Module):
     def loss(self, t, centres, classes): # → loss, features (B, d) for the bank, batch (B,)
         finer = range(t.config.levels - 1) if t.config.loss_levels == "all" else ()
         return t.target_loss(centres, classes, [self.centres(t, h) for h in finer])
-    def update(self, t, batch): # after the step and the update of the feature bank → a row of the history
+    def relabel(self, t, batch): # after the update of the feature bank, before the step → columns of the history
+        return {}
+    def update(self, t, batch): # after the step → columns of the history
         return {}
 
 # %% ../nbs/21_training.ipynb #45dececf
@@ -91,7 +94,7 @@ class HCD(Method):
         super().__init__(t)
         self.dynamics = dynamics_of(t.config)
         self.register_buffer("drawn", torch.zeros(len(t.target), dtype=torch.bool))    # since the last update
-    def update(self, t, batch):
+    def relabel(self, t, batch):
         since = t.since_start()
         if since < 0: return {}
         self.drawn[batch] = True
@@ -144,7 +147,7 @@ class Trainer:
         self.target_domain = 0 if source is None else 1
         self.feature_bank = self.label_bank = self.label_rows = self.views = self.recall = None
         self.iteration, self.history = 0, []
-        self.passes, self.batches = 0, {}    # through the encoder, and the pictures, of this iteration
+        self.passes, self.batches, self.ends = 0, {}, []    # of this iteration: passes through the encoder, pictures, ends of graphs
         self.generator = torch.Generator().manual_seed(config.seed)
         sampler = lambda k: PseudoClassSampler(config.batch_size, config.n_instances, seed=2*config.seed + k)
         self.source_sampler, self.target_sampler = sampler(0), sampler(1)
@@ -186,12 +189,19 @@ def features(self:Trainer,
              domain,  # which batch norm: 0 the source's, or the only one; 1 the target's
              encoder=None, # another than the trainer's
              ):
-    "Unit features of images, with their graph, in the precision of the run."
+    "Unit features of images, in the precision of the run; the graph of a loss begins there."
     bf16, self.passes = self.config.precision == "bf16", self.passes + 1
     with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
         torch.manual_seed((((self.config.seed*10**7 + self.iteration)*16 + self.passes)*size() + rank()) % 2**63)
         features = (encoder or self.encoder)(images, domain=domain)
-    return features.to(torch.promote_types(features.dtype, torch.float32))
+    return self.cut(features.to(torch.promote_types(features.dtype, torch.float32)))
+
+@patch
+def cut(self:Trainer, features):
+    "The same features without the encoder's graph, whose end is kept: the gradient goes back in two strides."
+    if not features.requires_grad: return features
+    self.ends.append((features, features.detach().requires_grad_()))
+    return self.ends[-1][1]
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-1
 @patch
@@ -276,7 +286,7 @@ def source_loss(self:Trainer, centres):
 
 @patch
 def target_batch(self:Trainer, classes):
-    "Draw a target batch by its classes; indices, and features of this process's share with their graph."
+    "Draw a target batch by its classes; indices, and features of this process's share, where the graph of its loss begins."
     batch = self.target_sampler.batch(classes.cpu(), self.target_cameras)
     return batch, self.features(self.view(self.target, batch), self.target_domain)
 
@@ -315,23 +325,58 @@ def check_gradients(self:Trainer):
     overflown = all(g.isfinite().all() for g in gradients)    # the norm, while no entry is
     if not overflown: raise self.diverged("the gradient")
 
-# %% ../nbs/21_training.ipynb #fb6e1bdc-7
+# %% ../nbs/21_training.ipynb #37d13a4a
 @patch
-def descend(self:Trainer, loss):
-    "One step of Adam at this iteration's rate."
-    for group in self.optimiser.param_groups: group["lr"] = learning_rate(self.config, self.iteration)
+def back_to_features(self:Trainer, loss):
+    "The gradient for the features, and for the weights of a method that stand between them and the loss."
     self.optimiser.zero_grad(set_to_none=True)
     loss.backward()
+
+@patch
+def back_through_encoder(self:Trainer):
+    "The gradient for the weights of the encoder."
+    ends = [(features, begun.grad) for features, begun in self.ends if begun.grad is not None]
+    self.ends = []
+    if ends: torch.autograd.backward(*zip(*ends))
+
+# %% ../nbs/21_training.ipynb #fb6e1bdc-7
+@patch
+def descend(self:Trainer):
+    "One step of Adam at this iteration's rate, along the mean gradient of all processes."
+    for group in self.optimiser.param_groups: group["lr"] = learning_rate(self.config, self.iteration)
     average_gradients(p for group in self.optimiser.param_groups for p in group["params"])
     self.check_gradients()
     self.optimiser.step()
+
+# %% ../nbs/21_training.ipynb #61d846bd
+@cache
+def side_stream(device, # torch.device
+                ): # → torch.cuda.Stream, the same one for each device; None where there are none
+    "A second queue of a GPU, with precedence: what it holds is small."
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and torch.cuda.is_available() else None
+
+@contextmanager
+def aside(side,   # of `side_stream`
+          launch, # called first: puts into the main queue what the side one doesn't wait for
+          ):
+    "Inside, a GPU's work goes into its side queue, beside what is launched; without one, a launch and no more."
+    if side is None:
+        launch()
+        yield
+        return
+    main = torch.cuda.current_stream(side.device)
+    side.wait_stream(main)
+    launch()
+    try:
+        with torch.cuda.stream(side): yield
+    finally: main.wait_stream(side)
 
 # %% ../nbs/21_training.ipynb #fb6e1bdc-6
 @patch
 def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, merges …
     "One iteration of Algorithm 2 (with a source) or Algorithm 3 (without)."
     bank, adapting, row = self.feature_bank, self.label_bank is not None, {"iteration": self.iteration}
-    self.passes, self.batches = 0, {}
+    self.passes, self.batches, self.ends = 0, {}, []
     centres, losses = bank.source[:0], []
     if adapting:
         centres, classes = self.method.centres(self)
@@ -342,12 +387,15 @@ def iterate(self:Trainer) -> dict: # what happened: losses, clusters, splits, me
         loss, source_features, source_classes = self.source_loss(centres)
         losses.append(loss); row["source_loss"] = gathered(loss.detach()[None]).mean().item()
     self.check_losses(row)
-    self.descend(sum(losses))
-    if self.source is not None: bank.update_source(source_classes, source_features)
-    if adapting:
-        bank.update(batch, target_features)
-        self.remove_views(torch.unique(batch))
-        row.update(self.method.update(self, batch))
+    self.back_to_features(sum(losses))
+    with aside(side_stream(self.device), self.back_through_encoder):
+        if self.source is not None: bank.update_source(source_classes, source_features)
+        if adapting:
+            bank.update(batch, target_features)
+            self.remove_views(torch.unique(batch))
+            row.update(self.method.relabel(self, batch))
+    self.descend()
+    if adapting: row.update(self.method.update(self, batch))
     self.iteration += 1
     return row
 

@@ -10,6 +10,8 @@ from hcd_nb.evaluation import evaluate
 from hcd_nb.label_bank import LabelBank, same_partition
 from hcd_nb.neighbors import close_entries, jaccard_neighbours, knn, ranking
 from hcd_nb.training import train
+from hcd_nb.neighbors import jaccard_neighbours, ranking
+from hcd_nb.training import aside, side_stream, train
 from pretend import PretendedGPU
 from test_command import TINY, world  # noqa: F401 (world is a fixture)
 
@@ -106,3 +108,33 @@ def test_training(gpu, world, tmp_path, method, source):  # noqa: F811
     one, two = (pd.read_parquet(tmp_path/name/"history.parquet").drop(columns="seconds") for name in ("here", "there"))
     assert list(one) == list(two) and len(one) == len(two)
     if gpu: pd.testing.assert_frame_equal(one, two, check_dtype=False)    # the same numbers: only the places are pretended
+
+
+@pytest.mark.timeout(600)
+def test_labels_that_move_aside_are_those_of_one_queue(gpu, world, tmp_path, monkeypatch):  # noqa: F811
+    words = [*TINY, "--target", str(world/"target"), "--source", str(world/"source"), "--pretrain", "2", "--iterations", "8", "--precision", "fp32"]
+    config = configure(parser().parse_args(words))
+    def history(name):
+        assert train(config, tmp_path/name, "cuda", progress=False).done
+        return pd.read_parquet(tmp_path/name/"history.parquet").drop(columns="seconds")
+    beside = history("beside")
+    monkeypatch.setattr("hcd_nb.training.side_stream", lambda device: None)
+    one, two = history("one"), history("two")
+    assert beside["moved"].notna().any() and list(beside) == list(one)
+    if not one.equals(two): pytest.skip("this GPU gives other numbers each time")
+    pd.testing.assert_frame_equal(beside, one)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: run this file where there is one")
+def test_what_runs_aside_does_not_wait_for_what_is_launched():
+    side = side_stream(torch.device("cuda"))
+    for cycles in (1, 2**31):    # once to load what is called; then about a second
+        x, y, done = torch.ones(1000, device="cuda"), torch.zeros(1000, device="cuda"), torch.cuda.Event()
+        def launch(): torch.cuda._sleep(cycles), y.add_(1), done.record()
+        x.mul_(2)
+        with aside(side, launch):
+            assert torch.cuda.current_stream() == side and x.sum().item() == 2000
+            waited = done.query()
+            x.add_(1)
+        assert (x + y).sum().item() == 4000 and done.query()
+    assert not waited

@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +13,9 @@ import torch
 from hcd_nb.checks import is_known
 from hcd_nb.command import configure, main, parser
 from hcd_nb.configs import settled
+from hcd_nb.feature_bank import FeatureBank
 from hcd_nb.files import Damaged, read_metadata, read_tensors, tensors_digest, write_tensors
-from hcd_nb.training import CHECKPOINT, HCD, PREVIOUS, REMEDY, Run, held, newest, read_checkpoint, train
+from hcd_nb.training import CHECKPOINT, HCD, PREVIOUS, REMEDY, Run, held, newest, read_checkpoint, save_checkpoint, train
 from safetensors.torch import load_file
 from test_command import TINY, person, same_results, world  # noqa: F401 (world is a fixture)
 from test_processes import torchrun
@@ -171,6 +173,48 @@ def test_the_last_good_checkpoint_stands_after_an_error(config, whole, tmp_path,
     monkeypatch.setattr(Spoiled, "at", -1)
     assert train(config, out, progress=False, resume=True, method=Spoiled).done
     same_results(whole, out)
+
+
+@pytest.mark.timeout(600)
+def test_nothing_is_saved_of_labels_that_moved_before_a_bad_gradient(config, tmp_path, monkeypatch):
+    saved, moved, runs = [], [], []
+    class Noted(Spoiled):
+        what = "gradient"
+        def relabel(self, t, batch):
+            moved.append(t.iteration)
+            return super().relabel(t, batch)
+    monkeypatch.setattr("hcd_nb.training.save_checkpoint", lambda t, *args, **more: (saved.append(t.iteration), save_checkpoint(t, *args, **more)))
+    with pytest.raises(ValueError, match="the gradient of .* so no step was made"): train(config, tmp_path/"run", progress=False, method=Noted, before=runs.append)
+    t = runs[0].trainer
+    assert saved == [5, 6, 10] and moved == list(range(6, 15)) and t.iteration == 14 and len(t.history) == 14
+    assert read_checkpoint(tmp_path/"run"/CHECKPOINT, whole=False)["iteration"] == 10
+
+
+# ---------------------------------------------------------------- the order of an iteration
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("source", [True, False])
+def test_labels_move_between_the_gradient_and_the_step(config, tmp_path, monkeypatch, source):
+    """So that a GPU has something to do meanwhile: gradient, rows of the bank, labels, step, in every iteration."""
+    notes = []
+    class Noted(HCD):
+        def relabel(self, t, batch):
+            if t.since_start() >= 0: notes.append("labels")
+            return super().relabel(t, batch)
+        def update(self, t, batch):
+            notes.append("update")
+            return super().update(t, batch)
+    def listen(run):
+        for p in run.trainer.encoder.parameters():
+            if p.requires_grad: p.register_post_accumulate_grad_hook(lambda p: notes.append("gradient"))
+        run.trainer.optimiser.register_step_pre_hook(lambda *args: notes.append("step"))
+    for name in ("update", "update_source"):
+        def noted(*args, do=getattr(FeatureBank, name)): notes.append("bank"); return do(*args)
+        monkeypatch.setattr(FeatureBank, name, noted)
+    assert train(replace(config, source=config.source*source), tmp_path/"run", progress=False, method=Noted, before=listen).done
+    learning, still, moving = (["gradient", "bank", *rest] for rest in (["step"], ["step", "update"], ["labels", "step", "update"]))
+    pretrain = config.pretrain*source
+    assert [name for name, _ in groupby(notes)] == learning*pretrain + still*config.label_start + moving*(config.iterations - config.label_start)
 
 
 @pytest.mark.timeout(600)

@@ -48,14 +48,14 @@ class DynamicsOptions:
     confirm: float = .6          # average link that groups need to stay in a cluster, of the default form
     join: float = .7             # average link that clusters need to merge, of the default form; higher: smaller clusters
 
-# %% ../nbs/16_dynamics.ipynb #a5b9eb24
+# %% ../nbs/16_dynamics.ipynb #9bcff2eb
 OPTIONS = dict(scale=('spread', 'auto'), neighbour=('propagated', 'nearest'), node0=('sample', 'centre'), anchors=('farthest', 'random', 'density'))
 OPTION_RANGES = dict(sigma=(0., 1.), alpha_s=(0., .9999), alpha_m=(0., .9999), cut=(-1., .99), confirm=(0., 1.), join=(0., 1.),
                      n_anchors=(1, 1024), n_neighbours=(2, 1024), mutual_k=(0, 1024), nn_mutual_k=(0, 1024))
 MUTUAL_K = dict(default=dict(mutual_k=10, nn_mutual_k=10), paper=dict(mutual_k=30, nn_mutual_k=20))
 DEFAULT_FORM = dict(stay=False, scale=None, confirm=None, join=None) # options of the default form alone, with their values in the paper's
 
-# %% ../nbs/16_dynamics.ipynb #8724bcf3
+# %% ../nbs/16_dynamics.ipynb #90ce4922
 @dataclass
 class ClusterDynamics(DynamicsOptions):
     "Algorithm 1: updates a label bank for the images of a batch"
@@ -217,7 +217,7 @@ def see(self: ClusterDynamics,
     if self.scale == 'auto': readings = np.stack([readings[0], np.full_like(readings[1], 2)]) # kin so far apart that distances tell nothing
     return near[:n], _all_similarities(similar, cosines[:n], readings[:, near[:n]]), similar, readings
 
-# %% ../nbs/16_dynamics.ipynb #77cf9c23
+# %% ../nbs/16_dynamics.ipynb #4d7198db
 @compiled
 def linked_neighbours(
     similarity, # (k, k) within a neighbourhood, the image first
@@ -303,7 +303,7 @@ def stays(self: ClusterDynamics,
     stay[ask] = (own >= self.confirm) & ((own >= other) | nobody[ask])
     return stay
 
-# %% ../nbs/16_dynamics.ipynb #ad555ae1
+# %% ../nbs/16_dynamics.ipynb #01005dd7
 @compiled
 def group_means(
     cosines, # (n, n) float32 among images
@@ -348,7 +348,7 @@ def average_linkage(
         size[a] = n
         group[group == b] = a
 
-# %% ../nbs/16_dynamics.ipynb #6f42cd6b
+# %% ../nbs/16_dynamics.ipynb #6f43c1d7
 @lru_cache
 def lots(
     most: int, # units
@@ -386,7 +386,7 @@ def split_cluster(
     means, read, size = group_means(cosines, readings, group, group.max() + 1)
     return first_seen(average_linkage(similar, means, read, size, rule.confirm)[group])
 
-# %% ../nbs/16_dynamics.ipynb #676f193a
+# %% ../nbs/16_dynamics.ipynb #330a8eed
 class Touched(NamedTuple):
     "The largest clusters around the images of a batch that are small enough"
     level: np.ndarray  # (B,) int64, their levels, -1 where none is small enough
@@ -414,7 +414,7 @@ def touched(
     images = np.concatenate(of) if of else np.empty(0, np.int64)
     return Touched(level, block, images, start, squares(features, images, start))
 
-# %% ../nbs/16_dynamics.ipynb #9a95ced7
+# %% ../nbs/16_dynamics.ipynb #e8f3bb40
 @compiled
 def _split_all(similar, seen, block, images, start, unit, j, readings, rule, lots): # clusters (C,) with block -1 are left out
     group = np.zeros_like(images)
@@ -431,7 +431,7 @@ def _units(labels, start): # units of each cluster, numbered by their first imag
     for c in range(len(start) - 1): unit[start[c]:start[c + 1]] = first_seen(labels[start[c]:start[c + 1]])
     return unit
 
-# %% ../nbs/16_dynamics.ipynb #c570dd00
+# %% ../nbs/16_dynamics.ipynb #9e1aa21e
 def _stretches(labels): # images sorted by label 0..n-1, and where each label begins
     return labels.argsort(kind='stable'), np.concatenate([[0], np.bincount(labels).cumsum()])
 
@@ -489,7 +489,7 @@ def split_level(self: ClusterDynamics,
     if len(fresh): bank.change(h, images[off], fresh[(np.repeat(new.cumsum() - new, np.diff(start)) + group)[off] - 1])
     return len(fresh)
 
-# %% ../nbs/16_dynamics.ipynb #1eb6e462
+# %% ../nbs/16_dynamics.ipynb #9dad5f33
 @compiled
 def _candidates(labels, near, linked): # images (R,) of the batch that meet another cluster; where theirs begin (R + 1,); places of nearest members (T,)
     image, start, places, n = np.empty(len(near), np.int64), np.zeros(len(near) + 1, np.int64), np.empty(near.size, np.int64), 0

@@ -9,8 +9,6 @@ from hcd_nb.dynamics import ClusterDynamics
 from hcd_nb.evaluation import evaluate
 from hcd_nb.label_bank import LabelBank, same_partition
 from hcd_nb.neighbors import close_entries, jaccard_neighbours, knn, ranking
-from hcd_nb.training import train
-from hcd_nb.neighbors import jaccard_neighbours, ranking
 from hcd_nb.training import aside, side_stream, train
 from pretend import PretendedGPU
 from test_command import TINY, world  # noqa: F401 (world is a fixture)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['first_largest', 'nearest_neighbour', 'union', 'resolve_pointers', 'next_anchor', 'farthest_first', 'first_seen',
-           'split', 'merge_candidates', 'merge', 'density_peaks']
+           'split', 'merge_candidates', 'merge', 'descending', 'density_peaks']
 
 # %% ../nbs/14_algorithm.ipynb #ceec44dc
 import numpy as np
@@ -157,6 +157,21 @@ def merge(
     P[0] = 0
     return P > sigma
 
+# %% ../nbs/14_algorithm.ipynb #06a0a5e3
+@compiled
+def descending(
+    values, # (n,) float
+): # (n,) int64, places of the values, the largest first, equal ones in their order
+    "The order of some values"
+    order = np.arange(len(values))
+    for i in range(1, len(values)):
+        at = i
+        while at > 0 and values[order[at - 1]] < values[i]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = i
+    return order
+
 # %% ../nbs/14_algorithm.ipynb #6aecf3f3
 @compiled
 def density_peaks(
@@ -164,11 +179,13 @@ def density_peaks(
 ): # (n,) int64 units, the strongest peak first
     "Units by density and distance from denser ones"
     n = len(similarity)
-    density, peak = np.exp(2*similarity.astype(np.float64) - 2).sum(1), np.empty(n)
-    rank = np.argsort(np.argsort(-density, kind='mergesort'), kind='mergesort')
+    density, peak = np.zeros(n), np.zeros(n)
     for i in range(n):
-        nearest = similarity[i].min() if rank[i] == 0 else -np.inf
-        for q in range(n):
-            if rank[q] < rank[i]: nearest = max(nearest, similarity[i, q])
+        for q in range(n): density[i] += np.exp(2*similarity[i, q] - 2)
+    order = descending(density)
+    for at in range(n):
+        i = order[at]
+        nearest = similarity[i].min() if at == 0 else similarity[i, order[0]]
+        for denser in order[:at]: nearest = max(nearest, similarity[i, denser])
         peak[i] = density[i]*(1 - nearest)
-    return np.argsort(-peak, kind='mergesort')
+    return descending(peak)

@@ -15,10 +15,11 @@ from fastcore.basics import patch
 from numba import config, njit
 from .checks import whole_numbers
 
-# %% ../nbs/12_members.ipynb #a3d4e403
+# %% ../nbs/12_members.ipynb #7cc0ae0a
 @cache
 def _cache_folder(): # numba by itself would notice changes of the file with the function, not of what it calls elsewhere
-    text = b''.join(file.read_bytes() for file in sorted(Path(__file__).parent.glob('*.py')))
+    files = [file.read_bytes() for file in sorted(Path(__file__).parent.glob('*.py'))]
+    text = b''.join(file for file in files if b'@compiled' in file)
     return str(Path(config.CACHE_DIR or Path(__file__).parent/'__pycache__')/f'numba-{hashlib.sha256(text).hexdigest()[:12]}')
 
 def compiled(
@@ -31,7 +32,7 @@ def compiled(
     except RuntimeError: return njit(error_model='numpy')(f)
     finally: config.CACHE_DIR = before
 
-# %% ../nbs/12_members.ipynb #252181f6
+# %% ../nbs/12_members.ipynb #f2ccaea3
 @compiled
 def _link(labels, head, count, after, before, i, label): # put image i at the head of a chain
     first = head[label]
@@ -69,7 +70,7 @@ class Members:
         self.chains = labels, np.full(2*n, -1), self.count, np.empty(n, np.int64), np.empty(n, np.int64)
         _move(*self.chains, np.arange(n), labels, False)
 
-# %% ../nbs/12_members.ipynb #8a840b68
+# %% ../nbs/12_members.ipynb #35b49790
 @compiled
 def _collect(head, count, after, labels): # images of some clusters, rising within each, and where each cluster begins
     start = np.zeros(len(labels) + 1, np.int64)

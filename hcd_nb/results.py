@@ -19,8 +19,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .configs import DEFAULT_FORM, BankConfig, RunConfig, make_config, settled
+from .configs import BankConfig, RunConfig, make_config, settled
 from .data import embedded_root
+from .dynamics import DEFAULT_FORM
 from .files import atomic_write, read_json
 from .images import printable
 

@@ -10,6 +10,7 @@ __all__ = ['COSINE', 'Similarity', 'calibrated', 'similarities', 'links', 'kin',
 from typing import NamedTuple
 
 import numpy as np
+from .algorithm import descending
 from .members import compiled
 from .neighbors import evenly
 from .products import neighbourhoods
@@ -84,18 +85,20 @@ def kin(
     loudest: float, # cosine of loud strangers
 ) -> tuple[np.ndarray, bool, bool]: # (m,) int64 places, the best first, 16 at most; whether the image is sure of them; whether they end
     "The rows of a neighbourhood that are of one kind with the first one"
-    k = len(cosines)
-    votes, score = np.zeros(k), np.zeros(k)
+    k, votes, score = len(cosines), np.zeros(len(cosines)), np.zeros(len(cosines))
     for p in range(1, min(9, k)): votes[p] = max(cosines[0, p] - loudest, 0.)**2
     for q in range(1, k):
         for p in range(1, min(9, k)):
             if p != q: score[q] += votes[p]*(cosines[p, q] - loudest)
         score[q] /= max(votes.sum() - votes[q], 1e-9)
-    best = np.argsort(-score, kind='mergesort')[:16]
-    enough = .6*score[best[:3]].mean()
-    alike, heard = (score >= enough) & (score > 0), votes[score >= enough].sum()
-    places = best[alike[best]]
-    return places, heard >= .7*max(votes.sum(), 1e-9) and len(places) > 1, alike.sum() <= 7*(k - 1)/8
+    best = descending(score)
+    enough, alike, heard, n = .6*score[best[:3]].sum()/min(3, k), 0, 0., 0
+    for q in range(k):
+        if score[q] >= enough:
+            heard += votes[q]
+            alike += score[q] > 0
+    while n < min(16, k) and score[best[n]] >= enough and score[best[n]] > 0: n += 1
+    return best[:n], heard >= .7*max(votes.sum(), 1e-9) and n > 1, alike <= 7*(k - 1)/8
 
 # %% ../nbs/15_scale.ipynb #b3d81fd6
 class KinLevels(NamedTuple):

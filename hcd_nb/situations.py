@@ -20,14 +20,14 @@ from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
+from .algorithm import union
 from .configs import RunConfig, make_config, settled
 from .data import read_domain
-from .dynamics import ClusterDynamics, share_moved
+from .dynamics import ClusterDynamics
 from .evaluation import normalise_cameras
 from .files import as_json, atomic_write, folder_lock, read_json, unwritten
 from .images import read_image
-from .label_bank import LabelBank, dbscan, singletons
-from .merge import join
+from .label_bank import LabelBank, dbscan, singletons, share_moved
 from .neighbors import encoding, knn, pairs_within
 from .training import Run, surroundings
 from .views import hidden_views
@@ -147,7 +147,7 @@ def oracle(
     near = torch.cat([knn(w.rows[some], w.rows, min(k, len(labels)), own=some)[1] for some in visited.split(256)])
     right = (w.person[near] == w.person[visited, None]) & (low == high)[part[near]]
     row, column = right.nonzero().T
-    return join(len(low), part[visited[row]], part[near[row, column]])[part]
+    return torch.from_numpy(union(len(low), part[visited[row]].numpy(), part[near[row, column]].numpy()))[part]
 
 # %% ../nbs/24_situations.ipynb #c5e219e6
 def without_views(

@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 
 from .checks import check_unit, feature_rows
 from .evaluation import camera_means
-from .merge import neighbourhood
 from .neighbors import evenly
 from .scale import calibrate
 
@@ -67,9 +66,8 @@ def standing(
     rows: torch.Tensor, # (N, d) unit rows
 ) -> tuple[float, float]: # level of loud strangers as a share of the kin's, 0..1 or above; share of images that are sure of their kin
     "How well people stand out among strangers"
-    near, cosines = neighbourhood(rows, evenly(len(rows), 256, rows.device), min(64, len(rows)))
-    b, loudest, r, levels = calibrate(rows, near, cosines)
-    return (loudest - b)/max(r, 1e-3), float(levels.sure.float().mean())
+    _, _, (b, loudest, r), levels = calibrate(rows, evenly(len(rows), 256).numpy(), 64)
+    return (loudest - b)/max(r, 1e-3), float(levels.sure.mean())
 
 def hidden_views(
     rows, # (N, d) unit rows: tensor or array

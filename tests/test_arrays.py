@@ -14,8 +14,8 @@ from hcd_nb.feature_bank import FeatureBank, cluster_means
 from hcd_nb.label_bank import LabelBank, contiguous, same_partition, singletons
 from hcd_nb.losses import contrastive_loss
 from hcd_nb.members import Members
-from hcd_nb.merge import neighbourhood
 from hcd_nb.neighbors import encoding, jaccard_distance, jaccard_neighbours, knn, ranking, recall
+from hcd_nb.products import neighbourhoods
 from hcd_nb.sampler import PseudoClassSampler
 from hcd_nb.views import camera_views, hidden_views
 
@@ -140,8 +140,8 @@ TEN = torch.arange(120) % 10
 NEEDS_UNIT_ROWS = dict(
     knn=lambda x: knn(x[:5], x, 3), bank_of_knn=lambda x: knn(WORLD[:5], x, 3), ranking=lambda x: ranking(x, 5), recall=lambda x: recall(x, 3, "exact"), encoding=lambda x: encoding(x, 4, 2),
     jaccard_neighbours=lambda x: jaccard_neighbours(x, 4, 2), jaccard_distance=lambda x: jaccard_distance(x, 4, 2), labels=lambda x: LabelBank.from_features(x, k1=8, k2=2),
-    neighbourhood=lambda x: neighbourhood(x, torch.arange(5), 9), update=lambda x: ClusterDynamics()(x, LabelBank.from_labels(TEN), [0, 1, 2]), paper=lambda x: ClusterDynamics.paper()(x, LabelBank.from_labels(TEN), [0, 1, 2]),
-    reference=lambda x: ClusterDynamics().reference(x, LabelBank.from_labels(TEN), [0, 1, 2]), camera_views=lambda x: camera_views(x, [1, 2]*60), hidden_views=lambda x: hidden_views(torch.cat([torch.as_tensor(x)]*2)),
+    neighbourhoods=lambda x: neighbourhoods(torch.as_tensor(x), torch.arange(5), 9), update=lambda x: ClusterDynamics()(x, LabelBank.from_labels(TEN), [0, 1, 2]), paper=lambda x: ClusterDynamics.paper()(x, LabelBank.from_labels(TEN), [0, 1, 2]),
+    camera_views=lambda x: camera_views(x, [1, 2]*60), hidden_views=lambda x: hidden_views(torch.cat([torch.as_tensor(x)]*2)),
     loss=lambda x: contrastive_loss(x[:3], [0, 1, 2], WORLD), state=lambda x: FeatureBank(WORLD).load_state_dict(dict(FeatureBank(WORLD).state_dict(), rows=torch.as_tensor(x))))
 
 
@@ -196,7 +196,7 @@ def changed(images):
 TAKES_NUMBERS = dict(
     evaluate=lambda f: evaluate(WORLD, f(who), f(cameras), WORLD, f(who), f(cameras)).ap, label_quality=lambda f: torch.tensor(list(label_quality(f(TEN), f(who)).values())),
     bootstrap=lambda f: torch.tensor(bootstrap_interval(torch.arange(120)/120, groups=f(who))), camera_means=lambda f: camera_means(WORLD, f(cameras))[0], normalise=lambda f: normalise_cameras(WORLD, f(cameras)),
-    views=lambda f: camera_views(WORLD, f(cameras)).means, from_labels=lambda f: LabelBank.from_labels(f(TEN)).labels, singletons=lambda f: singletons(f(TEN)), contiguous=lambda f: contiguous(f(TEN))[0], members=lambda f: Members(f(TEN)).pool[:120],
+    views=lambda f: camera_views(WORLD, f(cameras)).means, from_labels=lambda f: LabelBank.from_labels(f(TEN)).labels, singletons=lambda f: singletons(f(TEN)), contiguous=lambda f: contiguous(f(TEN))[0], members=lambda f: torch.from_numpy(Members(f(TEN)).of(range(10))[0]),
     sampler=lambda f: PseudoClassSampler(8, 2).batch(f(TEN), f(cameras)), cluster_means=lambda f: cluster_means(WORLD, f(TEN), 10), source=lambda f: FeatureBank.from_features(WORLD, WORLD, f(TEN)).rows,
     update=lambda f: moved(f(torch.arange(4))), dynamics=lambda f: updated(f(TEN), f(torch.arange(9))), changes=lambda f: changed(f(torch.arange(4))), own=lambda f: knn(WORLD[:9], WORLD, 5, own=f(torch.arange(9)))[1],
     loss=lambda f: contrastive_loss(WORLD[:9], f(torch.arange(9)), WORLD))

@@ -1,7 +1,10 @@
 """What a user installs: a wheel with every module, quick and silent to import, that needs no notebook tools."""
+import ast
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ def python(code, seconds=300):
 def python_each(codes, folder):
     """Each of many codes by itself, in a fork of one process in which the large packages that the library requires are there already: name -> exit status, what it printed, what it complained of."""
     done = python(f"""
-import os, sys, matplotlib.pyplot, pandas, sklearn.cluster, torch, torchvision.models
+import os, sys, matplotlib.pyplot, numba, pandas, sklearn.cluster, torch, torchvision.models
 for k, code in enumerate({list(codes.values())!r}):
     if not os.fork():
         for number, end in ((1, "out"), (2, "err")): os.dup2(os.open(f"{folder}/{{k}}.{{end}}", os.O_CREAT | os.O_WRONLY), number)
@@ -36,8 +39,18 @@ def test_import_is_silent_and_light():
 
 
 def test_help_needs_no_torch():
-    done = python("import sys; from hcd_nb.command import parser; parser().format_help(); print('torch' in sys.modules)")
+    done = python("import sys; from hcd_nb.command import parser; parser().format_help(); print('torch' in sys.modules or 'numba' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_what_every_module_imports_is_required():
+    told = (root/"settings.ini").read_text().split("\nrequirements =")[1].split("\ndev_requirements")[0]
+    required, packages = set(re.findall(r"(?m)^ +([\w-]+)", told)), packages_distributions()
+    for module in modules:
+        imports = [n for n in ast.parse((root/"hcd_nb"/f"{module}.py").read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom)) and not getattr(n, "level", 0)]
+        names = {name.split(".")[0] for n in imports for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
+        for name in names - sys.stdlib_module_names - {"hcd_nb"}: assert {x.lower() for x in packages[name]} & required, f"{module} imports {name}"
+    assert {"torch", "numba"} <= required
 
 
 @pytest.fixture(scope="session")

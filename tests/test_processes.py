@@ -39,7 +39,7 @@ with started("cpu"):
         rows = normalize(rows, dim=1).to([torch.float32, torch.bfloat16][seed//3 % 2])
         labels = (who*3 + torch.randint(3, (n,), generator=g)).expand(3, -1)
         one, two = LabelBank(labels), LabelBank(labels)
-        rule = [ClusterDynamics(), ClusterDynamics.paper(), ClusterDynamics(dense_units=10)][seed % 3]
+        rule = [ClusterDynamics(), ClusterDynamics.paper(), ClusterDynamics(dense_images=10)][seed % 3]
         shared = ShardedRows(rows[share(n)].clone())
         for _ in range(4):
             batch = torch.randint(n, (24,), generator=g)

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import normalize
 
 from hcd_nb.configs import CHOICES, PRESETS, RANGES, RunConfig, choose_device, config_from, make_config, setting_types, settled
+from hcd_nb.dynamics import ClusterDynamics
 from hcd_nb.label_bank import LabelBank
-from hcd_nb.training import dynamics_of
 
 # (settings, words of the sentence): each failed late, hung, or did something else in silence
 REFUSED = [
@@ -82,7 +82,7 @@ def test_what_is_in_range_runs(tmp_path):
         for form in ("default", "paper"):
             for end in RANGES[name]:
                 bank = LabelBank.from_labels(who*3 + torch.randint(3, (60,), generator=g), 2)
-                dynamics_of(settled(RunConfig(**{"dynamics": form, name: end})))(rows, bank, torch.randint(60, (16,), generator=g))
+                ClusterDynamics.of(settled(RunConfig(**{"dynamics": form, name: end})))(rows, bank, torch.randint(60, (16,), generator=g))
                 bank.check()
     for name in ("k1", "k2", "levels", "min_samples"):
         for end in RANGES[name]:

@@ -272,7 +272,7 @@ class ShardedRows:
 
     def __len__(self): return self.shape[0]
 
-    def __getitem__(self, index): return self.fetch(index.flatten()).view(*index.shape, -1)
+    def __getitem__(self, index): return self.fetch(index.flatten()).view(*index.shape, self.shape[1])
 
 # %% ../nbs/12_processes.ipynb #fb6e1bdc-1
 @patch

@@ -59,7 +59,7 @@ def squares(
     "The products of the rows of each set with one another"
     size, stacks, end = np.diff(start), [], 0
     offset, width = np.zeros_like(size), np.ones_like(size)
-    for low, high in zip((0, 8, 16, 32, 64, 128, 256), (8, 16, 32, 64, 128, 256, size.max(initial=0))):
+    for low, high in zip((0, 8, 24, 64, 192), (8, 24, 64, 192, size.max(initial=0))):
         some = np.flatnonzero((size > low) & (size <= high))
         if not len(some): continue
         n = size[some].max()

@@ -433,11 +433,12 @@ def split_level(self: ClusterDynamics,
 
 # %% ../nbs/16_dynamics.ipynb #04989383
 @compiled
-def _candidates(labels, near, linked): # images (R,) of the batch that meet another cluster; where theirs begin (R + 1,); places of nearest members (T,)
+def _candidates(labels, above, near, linked): # images (R,) that meet a cluster of their parent, above None: any; where theirs begin (R + 1,); places (T,)
     image, start, places, n = np.empty(len(near), np.int64), np.zeros(len(near) + 1, np.int64), np.empty(near.size, np.int64), 0
     for i in range(len(near)):
         found = merge_candidates(labels[near[i]], linked[i])
-        if len(found) < 2: continue
+        same = above is None or (above[near[i][found[1:]]] == above[near[i, 0]]).any()
+        if len(found) < 2 or not same: continue
         image[n], start[n + 1] = i, start[n] + len(found)
         places[start[n]:start[n + 1]] = found
         n += 1
@@ -480,20 +481,18 @@ def merge_level(self: ClusterDynamics,
     up: Update,
     linked: np.ndarray, # (B, k) bool, neighbours that count
     h: int, # level as an index
-    below: tuple | None = None, # clusters one level below, and what they are as wholes
-) -> tuple: # clusters that disappeared; clusters around the batch, and what they are as wholes
+) -> int: # clusters that disappeared
     "Merge the clusters of the batch at one level with those around them"
     bank, labels, lists = up.bank, up.bank.labels[h].numpy(), up.bank.index(h)
-    image, start, places = _candidates(labels, up.near, linked)
-    if not len(image): return 0, None
+    above = bank.labels[h + 1].numpy() if h + 1 < bank.n_levels else None
+    image, start, places = _candidates(labels, above, up.near, linked)
+    if not len(image): return 0
     own = np.repeat(up.batch[image], np.diff(start))
     found = up.near[np.repeat(image, np.diff(start)), places]
-    clusters = image, start, places, lists.count[labels[found]]
-    same = below is not None and all(map(np.array_equal, clusters, below[0]))
-    wholes = below[1] if same else around(up.features, lists, labels[found], start, up.batch[image], up.readings)
+    wholes = around(up.features, lists, labels[found], start, up.batch[image], up.readings)
     wanted = _merge_all(up.similar, wholes, image, places, up.similarity, up.readings[:, up.batch[image]], up.rule)
-    if h + 1 < bank.n_levels: wanted &= bank.labels[h + 1].numpy()[found] == bank.labels[h + 1].numpy()[own]
-    return merge_clusters(bank, h, labels[own][wanted], labels[found][wanted]), (clusters, wholes)
+    if above is not None: wanted &= above[found] == above[own]
+    return merge_clusters(bank, h, labels[own][wanted], labels[found][wanted])
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-15
 @patch
@@ -509,13 +508,12 @@ def __call__(self: ClusterDynamics,
     p, linked = self.follow(up)
     stay = self.stays(up, p)
     p = np.where(stay, batch, p)
-    splits, merges, below = [], [], None
+    splits, merges = [], []
     with label_bank.recording() as journal:
         take_labels(label_bank, batch[~stay], resolve_pointers(batch, p)[~stay])
         seen = touched(up, self.dense_images if self.anchors == 'farthest' else label_bank.n_images)
         for h in range(label_bank.n_levels):
             splits.append(self.split_level(up, seen, h) if self.splits else 0)
-            gone, below = self.merge_level(up, linked, h, below) if self.merges else (0, None)
-            merges.append(gone)
+            merges.append(self.merge_level(up, linked, h) if self.merges else 0)
     rejections = int(((p == batch) & ~stay).sum())
     return DynamicsReport(splits, merges, len(batch) - rejections, rejections, label_bank.moved(journal))

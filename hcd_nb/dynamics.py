@@ -124,7 +124,7 @@ def checked_inputs(
     indices, # (B,) whole numbers, images of the batch
 ) -> tuple: # features; distinct images (B,) int64, rising
     "Raise `ValueError` where features, bank and images do not fit each other"
-    features = features if torch.is_tensor(features) and features.is_floating_point() or hasattr(features, 'fetch') else feature_rows(features)
+    if not hasattr(features, 'fetch'): features = features.detach() if torch.is_tensor(features) and features.is_floating_point() else feature_rows(features)
     if features.ndim != 2 or len(features) != bank.n_images:
         raise ValueError(f'the features have shape {tuple(features.shape)} and the label bank {bank.n_images} images: give one row for each.')
     indices = bank.images(indices)

@@ -22,7 +22,7 @@ from .checks import feature_rows
 from .label_bank import LabelBank
 from .members import compiled
 from .neighbors import evenly
-from .products import Squares, around, host, mean_readings, means_of, neighbourhoods, square, squares
+from .products import Squares, around, host, mean_readings, means_of, neighbourhoods, part_of, square, squares
 from .propagation import Graph, mutual, mutual_neighbours, nearest_lists
 from .scale import COSINE, Similarity, calibrate, calibrated, kin_levels, links, readings_of, similarities
 
@@ -200,19 +200,12 @@ def linked_neighbours(
 
 # %% ../nbs/16_dynamics.ipynb #4585e0f4
 @compiled
-def _part_of(similarity, places): # rows and columns of a square
-    out = np.empty((len(places), len(places)), similarity.dtype)
-    for a in range(len(places)):
-        for b in range(len(places)): out[a, b] = similarity[places[a], places[b]]
-    return out
-
-@compiled
 def _follow(similarity, k, cut, alpha, sigma): # (B, k, k) → places (B,) of the neighbours, 0 where nothing passes; (B, k) bool, which are linked
     place, linked = np.zeros(len(similarity), np.int64), np.zeros(similarity.shape[:2], np.bool_)
     for i in range(len(similarity)):
         linked[i] = linked_neighbours(similarity[i], cut)
         few = np.flatnonzero(linked[i])
-        place[i] = few[nearest_neighbour(_part_of(similarity[i], few), k, cut, alpha, sigma)]
+        place[i] = few[nearest_neighbour(part_of(similarity[i], few), k, cut, alpha, sigma)]
     return place, linked
 
 @patch
@@ -380,8 +373,10 @@ def _units(labels, start): # units of each cluster, numbered by their first imag
     return unit
 
 # %% ../nbs/16_dynamics.ipynb #463ea396
-def _stretches(labels): # images sorted by label 0..n-1, and where each label begins
-    return labels.argsort(kind='stable'), np.concatenate([[0], np.bincount(labels).cumsum()])
+def _wholes(up, images, group): # images (n,) in groups 0..g-1 → mean rows (g, d), mean readings (2, g), images of each (g,) float32
+    images, size = images[group.argsort(kind='stable')], np.bincount(group)
+    start = np.concatenate([[0], size.cumsum()])
+    return means_of(up.features, images, start), mean_readings(up.readings, images, start), size.astype(np.float32)
 
 def split_large(
     up: Update,
@@ -391,9 +386,9 @@ def split_large(
     tile: int = 256, # units worked on at a time
 ) -> np.ndarray: # (n,) int64 group of each image
     "As `split_cluster`, with farthest-first anchors, for a cluster of thousands of units"
-    rule, n, (order, start) = up.rule, unit.max() + 1, _stretches(unit)
+    rule, n = up.rule, unit.max() + 1
     if n < max(2, rule.min_split_units) or len(images) < rule.min_split_samples: return np.zeros_like(unit)
-    rows, read = means_of(up.features, images[order], start), mean_readings(up.readings, images[order], start)
+    rows, read, _ = _wholes(up, images, unit)
     some = lambda i, m: similarities(up.similar, host((rows[i:i + m] @ rows.T).float())[0], read[:, i:i + m].copy(), read)
     anchors, nearest = [j], np.full(n, -np.inf)
     while len(anchors) < rule.n_anchors and (far := next_anchor(nearest, some(anchors[-1], 1)[0], anchors[-1])) >= 0: anchors.append(far)
@@ -402,10 +397,8 @@ def split_large(
     graph = mutual(Graph(ends, np.concatenate([part.column for part in lists]), np.concatenate([part.value for part in lists])))
     group = split(graph, np.array(anchors), rule.alpha_s)[unit]
     if rule.confirm > 1 or group.max() == 0: return group
-    order, start = _stretches(group)
-    means, read = means_of(up.features, images[order], start), mean_readings(up.readings, images[order], start)
-    cosines = host((means @ means.T).float())[0].copy()
-    return first_seen(average_linkage(up.similar, cosines, read, np.diff(start).astype(np.float32), rule.confirm)[group])
+    means, read, size = _wholes(up, images, group)
+    return first_seen(average_linkage(up.similar, host((means @ means.T).float())[0].copy(), read, size, rule.confirm)[group])
 
 # %% ../nbs/16_dynamics.ipynb #fb6e1bdc-12
 @patch
@@ -453,7 +446,7 @@ def _merge_all(similar, around, image, places, similarity, own, rule): # own (2,
         nodes = cosines[:-1, :-1].copy()
         link = links(similar, nodes, read, around.size[a:b])[0]
         if rule.node0 == 0: nodes[0, 1:], nodes[1:, 0], read[:, 0] = cosines[-1, 1:-1], cosines[-1, 1:-1], own[:, r]
-        members = _part_of(similarity[image[r]], places[a:b])
+        members = part_of(similarity[image[r]], places[a:b])
         wanted[a:b] = merge(similarities(similar, nodes, read, read), members, rule.mutual_k, rule.cut, rule.alpha_m, rule.sigma) & (link >= rule.join)
     return wanted
 

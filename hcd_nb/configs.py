@@ -61,6 +61,7 @@ class BankConfig(Config):
     momentum:float = .2          # m: row ← normalise(m·row + (1−m)·feature)
     temperature:float = .05      # τ of Eq. 1
     loss_levels:str = "top"      # levels whose clusters enter Eq. 1: top, or all, with equal weight
+    camera_proxies:float = 0.    # weight of a second loss, which draws images to what other cameras saw of their cluster
     levels:int = 3               # H
     eps:float = .6               # DBSCAN radius on the Jaccard distance, 0..1
     eps_step:float = 0.          # how much smaller eps is at each finer level; 0: all levels start as copies
@@ -154,7 +155,7 @@ RANGES = dict(
     label_every=(1, 10**9), epoch=(1, 10**9), evaluate_every=(1, 10**9), save_every=(1, 10**9),
     batch_size=(2, 2**16), n_instances=(1, 2**16), bn_group=(0, 2**16), queue=(1, 10**7), n_classes=(2, 10**6),
     learning_rate=(1e-12, 1.), weight_decay=(0., 1.), jitter=(0., 5.),
-    momentum=(0., .9999), ema=(0., .99999), temperature=(.001, 100.),
+    camera_proxies=(0., 10.), momentum=(0., .9999), ema=(0., .99999), temperature=(.001, 100.),
     levels=(1, 32), eps=(.001, .999), eps_step=(0., .5), gap=(0., .5), min_samples=(1, 1024),
     k1=(1, 1024), k2=(1, 1024), test_share=(0., .99), **OPTION_RANGES)
 

@@ -55,6 +55,7 @@ from .label_bank import LabelBank, NoClusters, draw_k_distances, share_moved
 from .losses import contrastive_loss
 from .neighbors import knn, recall
 from .processes import ShardedBank, ShardedRows, any_of, average_gradients, from_first, gathered, rank, share, shared_batch_norm, size
+from .proxies import camera_proxies, proxy_loss
 from .sampler import PseudoClassSampler
 from .views import Views, camera_views, hidden_views
 
@@ -265,6 +266,19 @@ def find_labels_anew(self:Trainer) -> float: # share of images that changed thei
     self.label_bank = self.labels_of_method()
     return share_moved(before, self.label_bank.labels[-1])
 
+# %% ../nbs/21_training.ipynb #c0de2102
+@patch
+def proxy_term(self:Trainer,
+               features, # (b, d) of this process's share of a batch
+               classes,  # (N_t,) int64 top-level classes
+               own,      # (b,) int64 the images
+               ): # → scalar; 0 without cameras, or where it isn't wanted
+    "The loss of a target batch against camera proxies, with its weight."
+    weight = self.config.camera_proxies
+    if not weight or self.target_cameras is None: return 0.
+    cameras = self.target_cameras.to(self.device)
+    return weight*proxy_loss(features, classes[own], cameras[own], camera_proxies(self.feature_bank.target, classes, cameras))
+
 # %% ../nbs/21_training.ipynb #fb6e1bdc-5
 @patch
 def source_loss(self:Trainer, centres):
@@ -282,12 +296,12 @@ def target_batch(self:Trainer, classes):
 
 @patch
 def target_loss(self:Trainer, centres, classes, finer=()):
-    "Eq. 1 of a target batch drawn by its pseudo labels; loss, features and indices. `finer`: centres and classes of more levels."
+    "Eq. 1 of a target batch drawn by its pseudo labels, with proxies if wanted; loss, features and indices. `finer`: centres and classes of more levels."
     batch, features = self.target_batch(classes)
     prototypes = None if self.source is None else self.feature_bank.source
     own = batch.to(self.device)[share(len(batch))]
     losses = [contrastive_loss(features, y[own], c, prototypes, self.config.temperature) for c, y in ((centres, classes), *finer)]
-    return sum(losses)/len(losses), gathered(features.detach()), batch.to(self.device)
+    return sum(losses)/len(losses) + self.proxy_term(features, classes, own), gathered(features.detach()), batch.to(self.device)
 
 # %% ../nbs/21_training.ipynb #9d3dc2fd
 @patch

@@ -41,6 +41,7 @@ class Config:
     label_start:int = 400        # target iterations before the labels begin to move
     label_every:int = 1          # target iterations from one label update to the next; all images drawn since are visited
     epoch:int = 400              # target iterations from one clustering to the next, of methods dbscan and spcl
+    recluster_every:int = 0      # the same of method hcd, beside its own updates; 0: only the first labels are found so
     batch_size:int = 64          # images of each domain
     n_instances:int = 4          # images of a class in a batch
     bn_group:int = 0             # images that batch norm sees together; 0: the whole batch of a domain
@@ -152,7 +153,7 @@ def make_config(
 RANGES = dict(
     height=(1, 2048), width=(1, 2048), seed=(0, 2**32 - 1),
     pretrain=(0, 5_000_000), iterations=(0, 5_000_000), label_start=(0, 5_000_000), lr_drops=(0, 20),
-    label_every=(1, 10**9), epoch=(1, 10**9), evaluate_every=(1, 10**9), save_every=(1, 10**9),
+    label_every=(1, 10**9), recluster_every=(0, 10**9), epoch=(1, 10**9), evaluate_every=(1, 10**9), save_every=(1, 10**9),
     batch_size=(2, 2**16), n_instances=(1, 2**16), bn_group=(0, 2**16), queue=(1, 10**7), n_classes=(2, 10**6),
     learning_rate=(1e-12, 1.), weight_decay=(0., 1.), jitter=(0., 5.),
     camera_proxies=(0., 10.), momentum=(0., .9999), ema=(0., .99999), temperature=(.001, 100.),
@@ -196,6 +197,9 @@ def _labels(c): # yields what is wrong with the first labels, and with the graph
     if c.method == "spcl" and not (c.gap < c.eps and c.eps + c.gap < 1):
         yield (f"eps is {c.eps:g} and gap {c.gap:g}: method spcl also looks for clusters at eps - gap and eps + gap, "
                f"which must lie between 0 and 1; choose a gap below {min(c.eps, 1 - c.eps):.3g}.")
+    if c.scale == "rank" and c.dynamics == "default" and c.k1 > c.n_neighbours:
+        yield (f"k1 is {c.k1} and n_neighbours {c.n_neighbours}: with scale=rank the neighbours of an update must hold "
+               "the k1 nearest; choose a larger n_neighbours, or a smaller k1.")
     for name in MUTUAL_K[c.dynamics]:
         if getattr(c, name) == 1:
             yield (f"{name} is 1: an image counts as the first of its own neighbours, so that there would be no edge; "

@@ -50,7 +50,7 @@ class LabelBank:
         labels = as_tensor(labels, 'labels')
         if labels.ndim != 2 or not labels.numel(): raise ValueError(f'a label bank needs labels of shape (levels, images): these are of shape {tuple(labels.shape)}.')
         self.labels = torch.stack([whole_numbers(row, f'labels of level {h + 1}', lowest=-2**63) for h, row in enumerate(labels)]).cpu()
-        self.cursor, self.seen, self.journal, self.reach = [0]*len(labels), None, None, None
+        self.cursor, self.seen, self.journal, self.reach, self.ranks = [0]*len(labels), None, None, None, None
         self.check()
         for row in self.labels:
             if row.max() >= 2*len(row): row.copy_(torch.unique(row, return_inverse=True)[1])
@@ -334,19 +334,41 @@ def clone(self: LabelBank) -> LabelBank:
     "An independent copy"
     copy = LabelBank(self.labels)
     copy.cursor, copy.reach = list(self.cursor), None if self.reach is None else self.reach.clone()
+    copy.ranks = None if self.ranks is None else tuple(x.clone() for x in self.ranks)
     return copy
 
 # %% ../nbs/13_label_bank.ipynb #fb6e1bdc-10
 @patch
-def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64, reach (1 or 2, N) if it was measured
+def state_dict(self: LabelBank) -> dict[str, torch.Tensor]: # labels (H, N) int64, cursor (H,) int64; reach (1 or 2, N), and near, cosine, codes of `ranks`, where there are any
     "The bank as tensors"
-    return {'labels': self.labels.clone(), 'cursor': torch.tensor(self.cursor), **({} if self.reach is None else {'reach': self.reach.clone()})}
+    known = {} if self.reach is None else {'reach': self.reach.clone()}
+    if self.ranks is not None: known |= dict(zip(('near', 'cosine', 'codes'), (x.cpu().clone() for x in self.ranks)))
+    return {'labels': self.labels.clone(), 'cursor': torch.tensor(self.cursor), **known}
 
 @patch
 def load_state_dict(self: LabelBank,
-    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, cursor and reach may be missing
+    state: dict[str, torch.Tensor], # what `state_dict` gave; the shape may differ, and all but the labels may be missing
 ) -> None:
     "Take over a saved bank"
     self.labels = LabelBank(as_tensor(state['labels'], 'labels')).labels
     self.cursor = state['cursor'].tolist() if 'cursor' in state else [0]*self.n_levels
     self.reach = torch.atleast_2d(state['reach'].cpu()) if 'reach' in state else None
+    self.ranks = tuple(state[name].clone() for name in ('near', 'cosine', 'codes')) if 'codes' in state else None
+
+# %% ../nbs/13_label_bank.ipynb #c0de1302
+@patch
+def take_names(self: LabelBank,
+    before: LabelBank, # of the same images and levels
+) -> None:
+    "Rename the clusters of each level after those of another bank that they share most images with"
+    most = 2*self.n_images
+    for row, old in zip(self.labels.numpy(), before.labels.numpy()):
+        pairs, count = np.unique(row*most + old, return_counts=True)
+        name, free = np.full(most, -1), np.ones(most, bool)
+        for new, label in zip(*divmod(pairs[np.argsort(-count, kind='stable')], most)):
+            if name[new] < 0 and free[label]: name[new], free[label] = label, False
+        left = np.setdiff1d(np.unique(row), np.flatnonzero(name >= 0))
+        free[old] = False
+        name[left] = np.flatnonzero(free)[:len(left)]
+        row[:] = name[row]
+    self.seen = None

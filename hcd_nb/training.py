@@ -95,6 +95,9 @@ class HCD(Method):
         self.drawn.zero_()
         levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
         return {**levels, "adoptions": report.adoptions, "rejections": report.rejections, "moved": report.moved}
+    def update(self, t, batch):
+        since, every = t.since_start(), t.config.recluster_every
+        return {"reclustered": t.find_labels_anew()} if every and since > 0 and since % every == 0 else {}
 
 # %% ../nbs/21_training.ipynb #12393a1f
 class PerEpoch(Method):
@@ -260,11 +263,12 @@ def dbscan_labels(self:Trainer,
 
 @patch
 def find_labels_anew(self:Trainer) -> float: # share of images that changed their cluster
-    "Throw the labels away and find them in the rows of the feature bank as they are now."
-    before = self.label_bank.labels[-1]
+    "Find labels in the rows of the feature bank as they are now; clusters keep the names of those before."
+    before = self.label_bank
     self.take_views()
     self.label_bank = self.labels_of_method()
-    return share_moved(before, self.label_bank.labels[-1])
+    self.label_bank.take_names(before)
+    return share_moved(before.labels[-1], self.label_bank.labels[-1])
 
 # %% ../nbs/21_training.ipynb #c0de2102
 @patch

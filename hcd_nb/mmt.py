@@ -46,7 +46,8 @@ def hardest(
     "The hardest triplets of a batch"
     near, same = features @ features.T, classes[:, None] == classes
     itself = torch.eye(len(same), dtype=torch.bool, device=same.device)
-    positive, negative = near.masked_fill(~same | itself, torch.inf).argmin(1), near.masked_fill(same, -torch.inf).argmax(1)
+    positive = near.masked_fill(~same | itself, torch.inf).argmin(1)
+    negative = near.masked_fill(same, -torch.inf).argmax(1)
     anchors = ((same.sum(1) > 1) & ~same.all(1)).nonzero()[:, 0]
     return anchors, positive[anchors], negative[anchors]
 
@@ -59,6 +60,7 @@ def two_distances(
     anchor, *others = (features[which] for which in triplets)
     return torch.stack([(anchor - other).norm(dim=1) for other in others], 1)
 
+# %% ../nbs/37_mmt.ipynb #37a1c035
 def soft_triplet_loss(
     student: torch.Tensor, # (B, d) unit rows, with a gradient
     teacher: torch.Tensor, # (B, d) unit rows of the same images
@@ -102,7 +104,8 @@ def network_loss(self:MMT, t,
     logits = lambda f: f @ torch.cat([prototypes, centres]).to(f.dtype).T/t.config.temperature
     hard = contrastive_loss(features, classes, centres, prototypes, t.config.temperature)
     soft = soft_cross_entropy(logits(features), logits(teacher))
-    return (1 - self.soft_classes)*hard + self.soft_classes*soft + self.soft_triplets*soft_triplet_loss(features, teacher, classes)
+    triplets = soft_triplet_loss(features, teacher, classes)
+    return (1 - self.soft_classes)*hard + self.soft_classes*soft + self.soft_triplets*triplets
 
 # %% ../nbs/37_mmt.ipynb #37a1c025
 @patch

@@ -9,8 +9,10 @@ __all__ = ['SETTINGS', 'parser', 'typed_settings', 'kept_settings', 'resumed', '
 # %% ../nbs/39_command.ipynb #ccac3cc1
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 from shlex import quote
+from .methods import KNOWN_METHODS
 
 # %% ../nbs/39_command.ipynb #3fbe8dc2
 SETTINGS = ("method", "source", "target", "encoder", "weights", "seed", "pretrain", "iterations", "test_share", "on_collapse", "bn_group", "precision")
@@ -19,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     "The words that hcd_train understands."
     p = argparse.ArgumentParser("hcd_train", description="Adapt a person re-identification encoder to cameras it has never seen, without labels.")
     p.add_argument("--preset", help="full (the default: 24,000 iterations of ResNet-50, made for a GPU), paper (the same in the paper's form), quick (a tenth of full) or demo (minutes on two CPU cores)")
-    p.add_argument("--method", help="hcd (default); a baseline: dbscan (all labels anew at every epoch), spcl, odc, moco, byol, instance; direct: train on the source alone and score it on the target; oracle: give the target its true identities")
+    p.add_argument("--method", help="; ".join(f"{name}: {words}" for name, (_, _, words) in KNOWN_METHODS.items()))
     p.add_argument("--source", help="labelled set: pedestrians/source, a folder such as Market-1501's, or a CSV; left out: the target alone (Algorithm 3)")
     p.add_argument("--target", help="unlabelled set: pedestrians/target, a folder of crops, or a CSV with the columns path, identity, camera, split")
     p.add_argument("--encoder", help="resnet50 (paper), resnet10s (demo), any other classifier of torchvision, or timm/NAME")
@@ -107,8 +109,8 @@ def drawn(run): # training.Run that has come to its end → the table of its sco
 # %% ../nbs/39_command.ipynb #896de674
 def method_class(name): # → class derived from training.Method
     "The class behind --method"
-    from hcd_nb import byol, moco, odc, spcl, training
-    return {**training.METHODS, "spcl": spcl.SpCL, "odc": odc.ODC, "moco": moco.MoCo, "byol": byol.BYOL}[name]
+    module, named, _ = KNOWN_METHODS[name]
+    return getattr(import_module(f"hcd_nb.{module}"), named)
 
 # %% ../nbs/39_command.ipynb #92a6ba64
 def first_line(config, device, size): # what is to be done, where, by how many processes

@@ -35,8 +35,8 @@ class World:
     preset: str     # of configs.PRESETS
     changes: dict   # settings of every run that differ from the preset
     start: dict = field(default_factory=dict) # settings of the runs whose encoders the others start from; empty: ImageNet
-    odc: dict = field(default_factory=dict)   # what ODC needs besides
-    slow: dict = field(default_factory=dict)  # what BYOL and MoCo need besides
+    odc: dict = field(default_factory=dict)   # what ODC and others with k-means need besides
+    slow: dict = field(default_factory=dict)  # what methods with an encoder that follows need besides
     paper: dict = field(default_factory=dict) # what the paper's form needs besides
     seeds: tuple = (0, 1, 2)
     sweep_seeds: tuple = (0, 1) # of S-Tables 2 and 3
@@ -110,11 +110,16 @@ class Cell:
 def methods_of(world): # → dict: row → (name of the runs, settings, row of data/published.csv)
     "The rows of S-Table 1"
     return {"BYOL": ("byol", dict(method="byol", **world.slow), "BYOL"),
+            "SimCLR": ("simclr", dict(method="simclr"), ""),
             "MoCo": ("moco", dict(method="moco", **world.slow), "MoCo"),
+            "MoCo v2": ("moco_v2", dict(method="moco_v2", **world.slow), ""),
             "each image a class": ("instance", dict(method="instance"), ""),
+            "local aggregation": ("local_aggregation", dict(method="local_aggregation", **world.odc), ""),
+            "DeepCluster": ("deepcluster", dict(method="deepcluster", **world.odc), ""),
             "ODC": ("odc", dict(method="odc", **world.odc), "ODC"),
             "DBSCAN each epoch": ("dbscan", dict(method="dbscan"), ""),
             "SpCL": ("spcl", dict(method="spcl"), ""),
+            "MMT": ("mmt", dict(method="mmt", **world.slow), ""),
             "HCD, the paper's form": ("paper", dict(method="hcd", dynamics="paper", label_history=True, **world.paper), "HCD"),
             "HCD": ("hcd", dict(method="hcd", dynamics="default", label_history=True), ""),
             "supervised": ("oracle", dict(method="oracle"), "")}

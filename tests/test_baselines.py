@@ -2,7 +2,8 @@
 import pandas as pd
 import pytest
 from hcd_nb.command import configure, method_class, parser
-from hcd_nb.training import train
+from hcd_nb.methods import KNOWN_METHODS
+from hcd_nb.training import Method, train
 from test_command import TINY, hcd_train, same_results, world  # noqa: F401 (world is a fixture)
 from test_processes import torchrun
 
@@ -12,8 +13,15 @@ def words(world, method, source=True):  # noqa: F811
             *(["--source", str(world/"source")] if source else [])]
 
 
+@pytest.mark.parametrize("method", KNOWN_METHODS)
+def test_every_name_has_its_class(method):
+    assert issubclass(method_class(method), Method)
+    assert configure(parser().parse_args(["--method", method, "--target", "x", "--source", "y"])).method == method
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method, source", [("spcl", True), ("odc", True), ("moco", False), ("byol", True), ("byol", False), ("instance", False)])
+@pytest.mark.parametrize("method, source", [("spcl", True), ("odc", True), ("moco", False), ("byol", True), ("byol", False), ("instance", False), ("simclr", False), ("moco_v2", True),
+                                            ("mmt", True), ("mmt", False), ("deepcluster", True), ("local_aggregation", False)])
 def test_stopped_and_resumed_equals_an_unbroken_run(world, tmp_path, method, source):  # noqa: F811
     config = configure(parser().parse_args(words(world, method, source)))
     go = lambda name, **more: train(config, tmp_path/name, progress=False, method=method_class(method), **more)
@@ -28,7 +36,7 @@ def test_stopped_and_resumed_equals_an_unbroken_run(world, tmp_path, method, sou
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["spcl", "moco", "byol"])
+@pytest.mark.parametrize("method", ["spcl", "moco", "byol", "simclr", "moco_v2", "mmt"])
 def test_two_processes_equal_one(world, tmp_path, method):  # noqa: F811
     """In double precision, where Adam does not blow a last digit up to a different run."""
     (tmp_path/"go.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64); from hcd_nb.command import main; sys.exit(main())")

@@ -93,7 +93,8 @@ def test_a_search_waits_for_the_gpu_once(n):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method, source", [("hcd", True), ("spcl", True), ("odc", False), ("moco", False)])
+@pytest.mark.parametrize("method, source", [("hcd", True), ("spcl", True), ("odc", False), ("moco", False), ("simclr", False), ("moco_v2", False), ("mmt", True),
+                                            ("deepcluster", False), ("local_aggregation", False)])
 def test_training(gpu, world, tmp_path, method, source):  # noqa: F811
     words = [*TINY, "--method", method, "--target", str(world/"target"), "--pretrain", "2", "--iterations", "8", "--precision", "fp32", "--set", "n_classes=10", "--set", "epoch=4", *(["--source", str(world/"source")] if source else [])]
     config = configure(parser().parse_args(words))

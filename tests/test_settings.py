@@ -20,7 +20,7 @@ REFUSED = [
     (dict(weight_decay=1e300), "weight_decay"), (dict(learning_rate=0), "learning_rate"), (dict(learning_rate="inf"), "learning_rate"),
     (dict(batch_size=1), "batch_size"), (dict(batch_size=2, n_instances=4), "n_instances"), (dict(bn_group=1), "bn_group"), (dict(bn_group=24), "divisor"),
     (dict(bn_group=128), "divisor"), (dict(method="moco", batch_size=30), "multiple of 4"), (dict(method="moco", batch_size=4), "multiple of 4"),
-    (dict(method="moco", queue=63), "queue"), (dict(method="spcl", eps=.99), "gap"), (dict(method="spcl", eps=.3, gap=.3), "gap"),
+    (dict(method="moco", queue=63), "queue"), (dict(method="moco_v2", batch_size=30), "moco_v2"), (dict(method="moco_v2", queue=63), "queue"), (dict(method="spcl", eps=.99), "gap"), (dict(method="spcl", eps=.3, gap=.3), "gap"),
     (dict(method="odc", n_classes=1), "n_classes"), (dict(mutual_k=1), "mutual_k"), (dict(nn_mutual_k=1), "nn_mutual_k"), (dict(n_neighbours=1), "n_neighbours"),
     (dict(n_anchors=0), "n_anchors"), (dict(k1=0), "k1"), (dict(k2=0), "k2"), (dict(min_samples=0), "min_samples"), (dict(momentum=1), "momentum"),
     (dict(alpha_s=1), "alpha_s"), (dict(alpha_m=1), "alpha_m"), (dict(temperature=0), "temperature"), (dict(ema=1), "ema"), (dict(test_share=1), "test_share"),

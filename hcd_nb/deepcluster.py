@@ -104,9 +104,9 @@ def begin_classifier(self:DeepCluster, t):
 # %% ../nbs/34_deepcluster.ipynb #80768af3
 @patch
 def loss(self:DeepCluster, t, centres, classes):
-    "Cross-entropy of a batch drawn by its classes, all of which count alike"
+    "Weighted cross-entropy of a batch drawn by its classes, all of which count alike"
     batch, features = t.target_batch(classes)
     batch = batch.to(t.device)
-    own, weights = batch[share(len(batch))], uniform_weights(classes)
-    losses = F.cross_entropy(self.classifier(features/t.config.temperature), classes[own], reduction="none")
-    return (weights[own]*losses).mean(), gathered(features.detach()), batch
+    own, weights = share(len(batch)), uniform_weights(classes)[batch]
+    losses = F.cross_entropy(self.classifier(features/t.config.temperature), classes[batch[own]], reduction="none")
+    return (weights[own]*losses).mean()/weights.mean(), gathered(features.detach()), batch

@@ -62,7 +62,7 @@ class LocalAggregation(PerEpoch):
         if t.since_start() >= 0:
             found = [clusters(rows, t.config.n_classes, draw_seed(t.generator)) for _ in range(self.n_clusterings)]
             self.clusterings = torch.stack(found)
-        return LabelBank.from_labels(self.clusterings[0], t.config.levels)
+        return LabelBank.from_labels(self.clusterings[0].cpu(), t.config.levels)
     def centres(self, t): return t.feature_bank.source[:0], t.label_bank.labels[-1].to(t.device)
 
 # %% ../nbs/38_local_aggregation.ipynb #fb780dbb

@@ -89,7 +89,7 @@ class DeepCluster(PerEpoch):
         z = whitened(rows, n_directions(*rows.shape))
         labels = clusters(z, t.config.n_classes, draw_seed(t.generator))
         self.begin_classifier(t)
-        return LabelBank.from_labels(labels, t.config.levels)
+        return LabelBank.from_labels(labels.cpu(), t.config.levels)
     def centres(self, t): return t.feature_bank.source[:0], t.label_bank.labels[-1].to(t.device)
 
 # %% ../nbs/34_deepcluster.ipynb #a3024778

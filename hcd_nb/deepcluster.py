@@ -70,7 +70,8 @@ def check_classes(
     "Raise ValueError where there are fewer than two images for a class"
     if n_images >= 2*n_classes: return
     raise ValueError(f"{n_classes} classes need {2*n_classes} images, two of each on average, and the target has "
-                     f"{n_images}: lower n_classes (--set n_classes=…); two thirds of the number of identities is usual.")
+                     f"{n_images}: lower n_classes (--set n_classes=…); "
+                     "two thirds of the number of identities is usual.")
 
 # %% ../nbs/34_deepcluster.ipynb #4ad27c57
 def draw_seed(

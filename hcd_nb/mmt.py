@@ -118,4 +118,5 @@ def loss(self:MMT, t, centres, classes):
         taught = [gathered(t.features(v, where, e)) for v, e in zip(views, (self.teacher, self.second_teacher))]
     batch = batch.to(t.device)
     losses = [self.network_loss(t, f, other, centres, classes[batch]) for f, other in zip(features, reversed(taught))]
-    return sum(losses), F.normalize(sum(taught), dim=1), batch
+    beside = sum(t.proxy_term(f, classes, batch) for f in features)
+    return sum(losses) + beside, F.normalize(sum(taught), dim=1), batch

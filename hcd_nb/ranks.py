@@ -160,7 +160,7 @@ def first_ranks(
     N = len(features)
     near = torch.full((N, min(k, N)), -1, dtype=torch.int32)
     near[:, 0] = torch.arange(N)
-    ranks = Ranks(near, torch.ones(near.shape), torch.empty(N, dim, device=features.device))
+    ranks = Ranks(near, torch.ones(near.shape, dtype=torch.float32), torch.empty(N, dim, dtype=torch.float32, device=features.device))
     parts = [part for part in np.split(np.arange(N), range(256, N, 256)) if N <= most]
     for part in parts: near.numpy()[part], ranks.cosine.numpy()[part] = look_up(features, part, k)
     for part in np.split(np.arange(N), range(4096, N, 4096)): renew(ranks, part, near.numpy()[part], ranks.cosine.numpy()[part], k1, k2)

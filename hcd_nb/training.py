@@ -712,7 +712,8 @@ def digest(images, # ImageSet
     return [len(images), hashlib.sha256(b"\0".join([named.encode(errors="surrogateescape"), *parts])).hexdigest()[:16]]
 
 # %% ../nbs/21_training.ipynb #3e6a6d18
-MOVING, BY_DBSCAN = ("hcd", "dbscan", "spcl", "odc"), ("hcd", "dbscan", "spcl")    # whose labels move; are DBSCAN's first
+MOVING = ("hcd", "dbscan", "spcl", "mmt", "odc", "deepcluster", "local_aggregation")
+BY_DBSCAN = ("hcd", "dbscan", "spcl", "mmt")    # whose labels move; are DBSCAN's first
 
 def smaller(k1, k2, n): # settings, images → k1, k2 for so few
     "Neighbours for a small set: a quarter of its pictures at most."
@@ -778,6 +779,8 @@ class Run:
         self.domain = read_domain(self.places["target"], skip_bad=config.skip_bad, test_share=config.test_share)
         self.source = self.read_source() if config.source else None
         self.domain.notes.extend(check_size(config, len(self.domain.train)))
+        if config.camera_proxies and not self.domain.train.has_cameras:
+            self.domain.notes.append("camera_proxies has no effect: the cameras of the target are unknown")
         self.read_notes = len(self.domain.notes)    # those after them are said while training
         self.pictures = {"target": digest(self.domain.train), **({"source": digest(self.source, classes=True)} if self.source is not None else {})}
         t, s = self.domain.train, self.source

@@ -114,7 +114,7 @@ def carry_out(job):
 
 
 def serve():
-    import hcd_nb.command, hcd_nb.doctor, hcd_nb.export, hcd_nb.report, hcd_nb.search, hcd_nb.tables, hcd_nb.training, hcd_nb.byol, hcd_nb.moco, hcd_nb.odc, hcd_nb.spcl  # noqa
+    import hcd_nb.command, hcd_nb.doctor, hcd_nb.export, hcd_nb.report, hcd_nb.search, hcd_nb.tables, hcd_nb.training, hcd_nb.byol, hcd_nb.moco, hcd_nb.odc, hcd_nb.spcl, hcd_nb.deepcluster, hcd_nb.local_aggregation, hcd_nb.mmt, hcd_nb.moco_v2, hcd_nb.simclr  # noqa
     import torch
     import torch._dynamo  # noqa: as the first optimiser would
     torch.set_num_threads(1)

@@ -19,6 +19,22 @@ def test_every_name_has_its_class(method):
     assert configure(parser().parse_args(["--method", method, "--target", "x", "--source", "y"])).method == method
 
 
+LABELS = {"proxies": ["camera_proxies=.5"], "ranks": ["scale=rank", "k1=8", "k2=3"], "clusterings": ["recluster_every=2", "camera_proxies=.5"]}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", LABELS)
+def test_options_of_hcd_stopped_and_resumed(world, tmp_path, what):  # noqa: F811
+    more = [word for setting in LABELS[what] for word in ("--set", setting)]
+    config = configure(parser().parse_args([*words(world, "hcd"), *more]))
+    whole = train(config, tmp_path/"whole", progress=False)
+    assert whole.done and not train(config, tmp_path/"broken", progress=False, stop_at=13).done
+    assert train(config, tmp_path/"broken", progress=False, resume=True).done
+    same_results(tmp_path/"whole", tmp_path/"broken")
+    history = pd.DataFrame(whole.trainer.history)
+    assert ("reclustered" in history) == (what == "clusterings")
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method, source", [("spcl", True), ("odc", True), ("moco", False), ("byol", True), ("byol", False), ("instance", False), ("simclr", False), ("moco_v2", True),
                                             ("mmt", True), ("mmt", False), ("deepcluster", True), ("local_aggregation", False)])
@@ -36,12 +52,14 @@ def test_stopped_and_resumed_equals_an_unbroken_run(world, tmp_path, method, sou
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["spcl", "moco", "byol", "simclr", "moco_v2", "mmt"])
-def test_two_processes_equal_one(world, tmp_path, method):  # noqa: F811
+@pytest.mark.parametrize("method, more", [*((m, []) for m in ("spcl", "moco", "byol", "simclr", "moco_v2", "mmt")),
+                                          *(("hcd", LABELS[what]) for what in ("ranks", "clusterings"))])
+def test_two_processes_equal_one(world, tmp_path, method, more):  # noqa: F811
     """In double precision, where Adam does not blow a last digit up to a different run."""
+    more = [word for setting in more for word in ("--set", setting)]
     (tmp_path/"go.py").write_text("import sys, torch; torch.set_default_dtype(torch.float64); from hcd_nb.command import main; sys.exit(main())")
     for n in (1, 2):
-        status, out, err = torchrun(tmp_path/"go.py", *words(world, method), "--out", tmp_path/str(n), n=n)
+        status, out, err = torchrun(tmp_path/"go.py", *words(world, method), *more, "--out", tmp_path/str(n), n=n)
         assert status == 0, err[-3000:]
     one, two = (pd.read_parquet(tmp_path/str(n)/"history.parquet").drop(columns="seconds") for n in (1, 2))
     pd.testing.assert_frame_equal(one, two, rtol=1e-4)

@@ -104,6 +104,7 @@ def code(
     for d in range(dim): out[d] = 1/np.sqrt(dim) if _mixed(winner[d] + numbering[d]) & np.uint64(1) else -1/np.sqrt(dim)
     return out
 
+# %% ../nbs/15_ranks.ipynb #c0de151d
 @compiled
 def codes_of(near, cosine, images, k1, k2, dim): # → (n, dim) float32
     "Codes of some images"

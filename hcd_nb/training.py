@@ -96,8 +96,11 @@ class HCD(Method):
         levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
         return {**levels, "adoptions": report.adoptions, "rejections": report.rejections, "moved": report.moved}
     def update(self, t, batch):
-        since, every = t.since_start(), t.config.recluster_every
-        return {"reclustered": t.find_labels_anew()} if every and since > 0 and since % every == 0 else {}
+        since, every, before = t.since_start(), t.config.recluster_every, t.label_bank
+        if not every or since <= 0 or since % every: return {}
+        moved = t.find_labels_anew()
+        t.label_bank.take_names(before)
+        return {"reclustered": moved}
 
 # %% ../nbs/21_training.ipynb #12393a1f
 class PerEpoch(Method):
@@ -263,12 +266,11 @@ def dbscan_labels(self:Trainer,
 
 @patch
 def find_labels_anew(self:Trainer) -> float: # share of images that changed their cluster
-    "Find labels in the rows of the feature bank as they are now; clusters keep the names of those before."
-    before = self.label_bank
+    "Throw the labels away and find them in the rows of the feature bank as they are now."
+    before = self.label_bank.labels[-1]
     self.take_views()
     self.label_bank = self.labels_of_method()
-    self.label_bank.take_names(before)
-    return share_moved(before.labels[-1], self.label_bank.labels[-1])
+    return share_moved(before, self.label_bank.labels[-1])
 
 # %% ../nbs/21_training.ipynb #c0de2102
 @patch
@@ -722,6 +724,7 @@ def smaller(k1, k2, n): # settings, images → k1, k2 for so few
 
 def check_size(config, # RunConfig
                n,      # images of the target to train on
+               cameras=True, # whether their cameras are known
                ) -> list: # of sentences: what may disappoint
     "Whether settings fit a set of this size; raises ValueError where they can't work."
     if not config.iterations: return []
@@ -729,6 +732,7 @@ def check_size(config, # RunConfig
         raise ValueError(f"A cluster needs min_samples={config.min_samples} pictures near one another, and there are {n} "
                          "in all: set min_samples to 3, say.")
     said, moving = [], max(config.iterations - config.label_start, 0)
+    if config.camera_proxies and not cameras: said.append("camera_proxies has no effect: the cameras of the target are unknown.")
     if config.method in BY_DBSCAN and 4*config.k1 > n:
         k1, k2 = smaller(config.k1, config.k2, n)
         said.append(f"{n} pictures are few for neighbourhoods of k1={config.k1}: where no clusters are found, "
@@ -778,9 +782,7 @@ class Run:
         self.find_places()
         self.domain = read_domain(self.places["target"], skip_bad=config.skip_bad, test_share=config.test_share)
         self.source = self.read_source() if config.source else None
-        self.domain.notes.extend(check_size(config, len(self.domain.train)))
-        if config.camera_proxies and not self.domain.train.has_cameras:
-            self.domain.notes.append("camera_proxies has no effect: the cameras of the target are unknown")
+        self.domain.notes.extend(check_size(config, len(self.domain.train), self.domain.train.has_cameras))
         self.read_notes = len(self.domain.notes)    # those after them are said while training
         self.pictures = {"target": digest(self.domain.train), **({"source": digest(self.source, classes=True)} if self.source is not None else {})}
         t, s = self.domain.train, self.source

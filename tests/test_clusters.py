@@ -1,4 +1,4 @@
-"""DeepCluster and local aggregation in the common loop: stopped right after a clustering, shared by two processes, on a GPU."""
+"""DeepCluster and local aggregation in the common loop: stopped right after a clustering, on a GPU."""
 import pandas as pd
 import pytest
 import torch
@@ -8,7 +8,6 @@ from hcd_nb.local_aggregation import LocalAggregation
 from hcd_nb.training import train
 from pretend import PretendedGPU
 from test_command import TINY, same_results, world  # noqa: F401 (world is a fixture)
-from test_processes import torchrun
 
 METHODS = [DeepCluster, LocalAggregation]
 SETTINGS = dict(word.split("=") for word in TINY if "=" in word) | dict(iterations=16, n_classes=10, epoch=4)
@@ -43,29 +42,6 @@ def test_with_a_source(world, tmp_path):  # noqa: F811
     for method in METHODS:
         run = train(config(world, source=str(world/"source"), pretrain=4, iterations=8), tmp_path/method.__name__, progress=False, method=method)
         assert run.done and history(tmp_path/method.__name__)[["target_loss", "source_loss"]].iloc[-1].notna().all()
-
-
-PROGRAM = """
-import sys, torch
-torch.set_default_dtype(torch.float64)
-from hcd_nb.configs import config_from, settled
-from hcd_nb.{module} import {name}
-from hcd_nb.processes import started
-from hcd_nb.training import train
-with started("cpu") as device: train(settled(config_from({settings})), sys.argv[1], device, progress=False, method={name})
-"""
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one(world, tmp_path, method):  # noqa: F811
-    """In double precision, where Adam does not blow a last digit up to a different run."""
-    words = dict(module=method.__module__.split(".")[-1], name=method.__name__, settings=repr(vars(config(world))))
-    (tmp_path/"go.py").write_text(PROGRAM.format(**words))
-    for n in (1, 2):
-        status, out, err = torchrun(tmp_path/"go.py", tmp_path/str(n), n=n)
-        assert status == 0, err[-3000:]
-    pd.testing.assert_frame_equal(history(tmp_path/"1"), history(tmp_path/"2"), rtol=1e-4)
 
 
 @pytest.mark.timeout(600)

@@ -14,11 +14,11 @@ from test_command import TINY, hcd_train, world  # noqa: F401 (world is a fixtur
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def torchrun(*words, n=2, wait=True):
+def torchrun(*words, n=2, wait=True, seconds=300):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
     if not wait: return process
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
 
@@ -39,7 +39,7 @@ with started("cpu"):
         rows = normalize(rows, dim=1).to([torch.float32, torch.bfloat16][seed//3 % 2])
         labels = (who*3 + torch.randint(3, (n,), generator=g)).expand(3, -1)
         one, two = LabelBank(labels), LabelBank(labels)
-        rule = [ClusterDynamics(), ClusterDynamics.paper(), ClusterDynamics(dense_images=10)][seed % 3]
+        rule = [ClusterDynamics(), ClusterDynamics.paper(), ClusterDynamics(dense_images=10), ClusterDynamics(scale='rank', k1=8, k2=3)][seed % 4]
         shared = ShardedRows(rows[share(n)].clone())
         for _ in range(4):
             batch = torch.randint(n, (24,), generator=g)

@@ -98,7 +98,7 @@ def missing_runs(
     needed = {r.start.name: r.start for r in due.values() if r.start}
     for r in (*needed.values(), *due.values()): check_place(r, world, folder)
     starts = {n: r for n, r in needed.items() if not (Path(folder)/world.name/n/"encoder.safetensors").exists()} | {n: r for n, r in due.items() if n.startswith("start-")}
-    return starts, {n: r for n, r in due.items() if not n.startswith("start-")}, lacking
+    return starts, {n: due[n] for n in sorted(due, key=lambda n: due[n].settings["seed"]) if not n.startswith("start-")}, lacking
 
 # %% ../nbs/42_tables.ipynb #faf7c1bd
 def run_all(
@@ -226,7 +226,7 @@ def write_figure(
 def parser() -> argparse.ArgumentParser:
     "The words that hcd_tables understands"
     p = argparse.ArgumentParser("hcd_tables", description="Make the supplement's tables from records of runs; with --run, make the missing runs first.")
-    p.add_argument("--table", action="append", default=[], choices=tuple(TABLES), help="which table: the supplement's three, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
+    p.add_argument("--table", action="append", default=[], choices=tuple(TABLES), help="which table: the supplement's three, adaptation with a labelled source, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
     p.add_argument("--figure", action="append", default=[], choices=("1",), help="S-Figure 1: trees of clusters over their pictures, and a page to explore them")
     p.add_argument("--world", default="embedded", choices=("embedded", "embedded-resnet50", "market"), help="embedded (default): the rendered pedestrians and a slim encoder, for two CPU cores; embedded-resnet50: the same pictures at 256x128 and ResNet-50 with ImageNet weights, for a GPU; market: Market-1501 and DukeMTMC-reID")
     p.add_argument("--market", default="", metavar="FOLDER", help="Market-1501, for --world market")
@@ -283,7 +283,7 @@ def write_all(args, world, device) -> int: # exit status
     records = find_records(world, args.runs)
     for n in numbers:
         long = write_table(n, world, records, args.out)
-        print(f"\n{f'S-Table {n}' if n.isdigit() else {'claims': 'One part changed at a time', 'scratch': 'From random weights'}[n]}, {world.name} world\n\n{as_markdown(wide_table(long, METRICS[:3]))}")
+        print(f"\n{f'S-Table {n}' if n.isdigit() else {'adaptation': 'With a labelled source', 'claims': 'One part changed at a time', 'scratch': 'From random weights'}[n]}, {world.name} world\n\n{as_markdown(wide_table(long, METRICS[:3]))}")
     if numbers: print(f"Written to {args.out}/ as CSV, Markdown, LaTeX and PNG.")
     if figure: print(f"S-Figure 1: {', '.join(write_figure(world, args.runs, args.out)) or 'nothing to draw yet'}, in {args.out}/.")
     return 1 if failed else 0

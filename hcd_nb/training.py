@@ -96,9 +96,8 @@ class HCD(Method):
         levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
         return {**levels, "adoptions": report.adoptions, "rejections": report.rejections, "moved": report.moved}
     def update(self, t, batch):
-        since, every, before = t.since_start(), t.config.recluster_every, t.label_bank
-        if not every or since <= 0 or since % every: return {}
-        moved = t.find_labels_anew()
+        if not t.epoch_begins(): return {}
+        before, moved = t.label_bank, t.find_labels_anew()
         t.label_bank.take_names(before)
         return {"reclustered": moved}
 
@@ -106,8 +105,7 @@ class HCD(Method):
 class PerEpoch(Method):
     "All labels found anew at every epoch, as most methods of the field do"
     def update(self, t, batch):
-        since = t.since_start()
-        return {} if since < 0 or since % t.config.epoch else {"moved": t.find_labels_anew()}
+        return {"moved": t.find_labels_anew()} if t.epoch_begins() else {}
 
 class Oracle(Method):
     "The target's true identities as labels"
@@ -159,6 +157,12 @@ def named_method(name): # → class
 def since_start(self:Trainer): # → int
     "Iterations since the labels may move, negative before"
     return self.iteration - self.config.pretrain - self.config.label_start
+
+@patch
+def epoch_begins(self:Trainer): # → bool
+    "Whether all labels are due to be found anew"
+    since, every = self.since_start(), self.config.epoch
+    return every > 0 and since >= 0 and since % every == 0
 
 # %% ../nbs/21_training.ipynb #dd7146dd
 def learning_rate(config,    # RunConfig
@@ -732,7 +736,7 @@ def check_size(config, # RunConfig
         raise ValueError(f"A cluster needs min_samples={config.min_samples} pictures near one another, and there are {n} "
                          "in all: set min_samples to 3, say.")
     said, moving = [], max(config.iterations - config.label_start, 0)
-    if config.camera_proxies and not cameras: said.append("camera_proxies has no effect: the cameras of the target are unknown.")
+    if config.camera_proxies and not cameras: said.append("The cameras of the target are unknown: there are no camera proxies.")
     if config.method in BY_DBSCAN and 4*config.k1 > n:
         k1, k2 = smaller(config.k1, config.k2, n)
         said.append(f"{n} pictures are few for neighbourhoods of k1={config.k1}: where no clusters are found, "

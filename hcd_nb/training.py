@@ -80,17 +80,21 @@ class Method(nn.Module):
 
 # %% ../nbs/21_training.ipynb #45dececf
 class HCD(Method):
-    "Labels that Algorithm 1 updates in every iteration"
+    "Labels that Algorithm 1 updates in every iteration, found anew at every epoch"
+    most_alone = 1/3    # share of images without a cluster up to which Algorithm 1 may merge
     def __init__(self, t):
         super().__init__(t)
-        self.dynamics = ClusterDynamics.of(t.config)
+        self.dynamics, self.merging = ClusterDynamics.of(t.config), None    # None: to be read from the buffer
         self.register_buffer("drawn", torch.zeros(len(t.target), dtype=torch.bool))    # since the last update
+        self.register_buffer("trusted", torch.ones(1, dtype=torch.bool))    # whether the last clustering left few images alone
     def relabel(self, t, batch):
         since = t.since_start()
         if since < 0: return {}
         self.drawn[batch] = True
         if since % t.config.label_every: return {}
         if since % (100*t.config.label_every) == 0: t.take_views()
+        if self.merging is None: self.merging = bool(self.trusted)
+        self.dynamics.merges = t.config.merges and self.merging
         report = self.dynamics(t.label_rows, t.label_bank, self.drawn.nonzero()[:, 0])
         self.drawn.zero_()
         levels = {f"{what}_{h + 1}": n for what in ("splits", "merges") for h, n in enumerate(getattr(report, what))}
@@ -99,7 +103,10 @@ class HCD(Method):
         if not t.epoch_begins(): return {}
         before, moved = t.label_bank, t.find_labels_anew()
         t.label_bank.take_names(before)
-        return {"reclustered": moved}
+        alone = int((t.label_bank.index(-1).count == 1).sum())/len(t.target)
+        self.merging = alone <= self.most_alone
+        self.trusted.fill_(self.merging)
+        return {"reclustered": moved, "alone": alone}
 
 # %% ../nbs/21_training.ipynb #12393a1f
 class PerEpoch(Method):

@@ -6,8 +6,8 @@
 __all__ = ['PUBLISHED_AS', 'ALPHAS', 'TABLES', 'METRICS', 'World', 'embedded_world', 'resnet50_world', 'market_world', 'Planned',
            'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1', 'from_scratch', 'adaptation',
            's_table_sweep', 'variants', 'claims', 'runs_of', 'read_record', 'record_fault', 'find_records', 'unread',
-           'differences', 'published', 'figures', 'cell_rows', 'long_table', 'entry', 'wide_table', 'as_markdown',
-           'as_latex', 'draw_sweep', 'draw_bars', 'draw_table', 'write_table']
+           'differences', 'published', 'figures', 'cell_rows', 'long_table', 'paired', 'summed_up', 'entry',
+           'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars', 'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
 import os
@@ -123,7 +123,7 @@ def methods_of(world): # → dict: row → (name of the runs, settings, row of d
             "SpCL, camera proxies": ("spcl-proxies", dict(method="spcl"), ""),
             "MMT": ("mmt", dict(method="mmt", camera_proxies=0., **world.slow), ""),
             "HCD, the paper's form": ("paper", dict(method="hcd", label_history=True, **PAPER_FORM, **world.paper), "HCD"),
-            "HCD, no camera proxies": ("hcd-plain", dict(method="hcd", camera_proxies=0.), ""),
+            "HCD, no camera proxies": ("hcd-plain", dict(method="hcd", camera_proxies=0., label_history=True), ""),
             "HCD": ("hcd", dict(method="hcd", label_history=True), ""),
             "supervised": ("oracle", dict(method="oracle"), "")}
 
@@ -194,12 +194,13 @@ def variants(world) -> dict: # row → settings that differ from the method as i
             "K = 2": dict(n_anchors=2), "K = 4": dict(n_anchors=4), "K = 16": dict(n_anchors=16),
             "σ = 0.1": dict(sigma=.1), "σ = 0.5": dict(sigma=.5), "nearest neighbour, always accepted": dict(neighbour="nearest"),
             "node 0: the cluster's centre": dict(node0="centre"), "random anchors": dict(anchors="random"), "anchors at density peaks": dict(anchors="density"),
-            "Eq. 1 on all levels": dict(loss_levels="all")}
+            "Eq. 1 on all levels": dict(loss_levels="all"), "levels nested from the start": dict(eps_step=.05)}
 
 def claims(world) -> list: # of Cell
     "The method with one part changed at a time, on the first set alone"
     target, title = next(iter(world.titles.items()))
-    rows = {row: ("HCD", changes) for row, changes in variants(world).items()} | {"no Algorithm 1: DBSCAN each epoch": ("DBSCAN each epoch, camera proxies", {})}
+    rows = {row: ("HCD", changes) for row, changes in variants(world).items()}
+    rows |= {row: (row_1, {}) for row, row_1 in {"no camera proxies": "HCD, no camera proxies", "no Algorithm 1: DBSCAN each epoch": "DBSCAN each epoch, camera proxies"}.items()}
     known = methods_of(world)
     def runs(row, changes):
         name, settings, _ = known[row]
@@ -306,6 +307,30 @@ def long_table(
     "A table with a row for each cell and metric"
     known = published()
     return pd.DataFrame([row for cell in cells for row in cell_rows(cell, world, records, known)])
+
+# %% ../nbs/40_results.ipynb #40a0c011
+def paired(
+    cells,   # of a table
+    one,     # row
+    other,   # row
+    world,   # World
+    records, # dict: name → record
+) -> pd.DataFrame: # column, seed, and the difference of each metric: a row for each pair on record
+    "How far one row is ahead of another, seed by seed, in points of a per cent"
+    rows, by = [], {(c.row, c.column): c for c in cells}
+    held = lambda r: r.name in records and not differences(records[r.name], world, r)
+    for column in dict.fromkeys(c.column for c in cells):
+        a, b = by[one, column], by[other, column]
+        for x, y in zip(a.runs, b.runs, strict=True):
+            if not (held(x) and held(y)): continue
+            ours, theirs = figures(records[x.name], a.stage), figures(records[y.name], b.stage)
+            rows.append(dict(column=column, seed=x.settings["seed"], **{m: ours[m] - theirs[m] for m in METRICS if m in ours and m in theirs}))
+    return pd.DataFrame(rows, columns=["column", "seed", *METRICS])
+
+def summed_up(differences) -> str: # of one metric, of `paired`
+    "Mean and standard error of differences, in words"
+    mean, error = differences.mean(), differences.std(ddof=1)/len(differences)**.5
+    return f"{'ahead' if mean > 0 else 'behind'} by {abs(mean):.1f} ± {error:.1f}"
 
 # %% ../nbs/40_results.ipynb #25aabf05
 def entry(mean, sd): # per cent → text, blank where there is nothing

@@ -21,7 +21,7 @@ def test_every_name_has_its_class(method):
     assert configure(parser().parse_args(["--method", method, "--target", "x", "--source", "y"])).method == method
 
 
-LABELS = {"proxies": ["camera_proxies=.5"], "ranks": ["scale=rank", "k1=8", "k2=3"], "clusterings": ["recluster_every=2", "camera_proxies=.5"]}
+LABELS = {"proxies": ["camera_proxies=.5", "epoch=0"], "ranks": ["scale=rank", "k1=8", "k2=3", "epoch=0"], "clusterings": ["epoch=2", "camera_proxies=.5"]}
 
 
 @pytest.mark.timeout(600)

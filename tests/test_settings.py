@@ -26,7 +26,7 @@ REFUSED = [
     (dict(alpha_s=1), "alpha_s"), (dict(alpha_m=1), "alpha_m"), (dict(temperature=0), "temperature"), (dict(ema=1), "ema"), (dict(test_share=1), "test_share"),
     (dict(cut=1), "cut"), (dict(sigma=-1), "sigma"), (dict(join=2), "join"), (dict(confirm="-inf"), "confirm"), (dict(jitter=1e9), "jitter"),
     (dict(seed=2**32), "seed"), (dict(seed=-1), "seed"), (dict(iterations=10**8), "iterations"), (dict(save_every=0), "save_every"),
-    (dict(evaluate_every=0), "evaluate_every"), (dict(label_every=0), "label_every"), (dict(epoch=0), "epoch"), (dict(lr_drops=-1), "lr_drops"),
+    (dict(evaluate_every=0), "evaluate_every"), (dict(label_every=0), "label_every"), (dict(epoch=-1), "epoch"), (dict(lr_drops=-1), "lr_drops"),
     (dict(levels=2.5), "whole number"), (dict(levels="2.5"), "whole number"), (dict(levels=True), "whole number"), (dict(levels=None), "whole number"),
     (dict(seed="1e400"), "whole number"), (dict(seed=10**400), "from 0"), (dict(seed=-10**4000), "from 0"), (dict(sigma=True), "a number"), (dict(sigma=10**400), "a number"), (dict(sigma=[.3]), "a number"),
     (dict(splits=2), "true or false"), (dict(splits=1.5), "true or false"), (dict(target=None), "text"), (dict(target=["a"]), "text"), (dict(target=b"a"), "text"),

@@ -75,7 +75,7 @@ def test_runs(notebook, request, capsys):
 @pytest.mark.records
 def test_pages_of_records_are_found():
     found = {p.stem for p in notebooks if reads_records(p)}
-    assert {"index", "24_situations", "25_levels", "50_s_tab1", "51_s_tab2", "52_s_tab3", "53_s_fig1", "54_claims",
+    assert {"index", "24_situations", "50_s_tab1", "51_s_tab2", "52_s_tab3", "53_s_fig1", "54_claims", "55_why",
             "60_own_data", "70_benchmarks"} <= found
     assert not found & {"00_notation", "10_feature_bank", "16_dynamics"}
 

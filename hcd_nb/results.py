@@ -118,7 +118,7 @@ def methods_of(world): # → dict: row → (name of the runs, settings, row of d
             "DeepCluster": ("deepcluster", dict(method="deepcluster", **world.odc), ""),
             "ODC": ("odc", dict(method="odc", **world.odc), "ODC"),
             "DBSCAN each epoch": ("dbscan", dict(method="dbscan", camera_proxies=0.), ""),
-            "DBSCAN each epoch, camera proxies": ("dbscan-proxies", dict(method="dbscan"), ""),
+            "DBSCAN each epoch, camera proxies": ("dbscan-proxies", dict(method="dbscan", label_history=True), ""),
             "SpCL": ("spcl", dict(method="spcl", camera_proxies=0.), ""),
             "SpCL, camera proxies": ("spcl-proxies", dict(method="spcl"), ""),
             "MMT": ("mmt", dict(method="mmt", camera_proxies=0., **world.slow), ""),

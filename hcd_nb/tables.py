@@ -26,7 +26,7 @@ from .data import read_domain
 from .export import writable_folder
 from .files import atomic_write, folder_lock, read_json
 from .hierarchy import draw_s_figure_1, labels_of, page_data, page_of, stacked
-from .results import METRICS, TABLES, as_markdown, differences, embedded_world, find_records, market_world, read_record, resnet50_world, runs_of, wide_table, write_table
+from .results import METRICS, TABLES, as_markdown, crowd_world, differences, embedded_world, find_records, market_world, read_record, resnet50_world, runs_of, wide_table, write_table
 
 # %% ../nbs/42_tables.ipynb #caccb12a
 def words_of(
@@ -228,7 +228,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("hcd_tables", description="Make the supplement's tables from records of runs; with --run, make the missing runs first.")
     p.add_argument("--table", action="append", default=[], choices=tuple(TABLES), help="which table: the supplement's three, adaptation with a labelled source, the method's parts changed one at a time, or all methods from random weights; may be repeated; with neither --table nor --figure: all of them")
     p.add_argument("--figure", action="append", default=[], choices=("1",), help="S-Figure 1: trees of clusters over their pictures, and a page to explore them")
-    p.add_argument("--world", default="embedded", choices=("embedded", "embedded-resnet50", "market"), help="embedded (default): the rendered pedestrians and a slim encoder, for two CPU cores; embedded-resnet50: the same pictures at 256x128 and ResNet-50 with ImageNet weights, for a GPU; market: Market-1501 and DukeMTMC-reID")
+    p.add_argument("--world", default="embedded", choices=("embedded", "embedded-resnet50", "crowd", "market"), help="embedded (default): the rendered pedestrians and a slim encoder, for two CPU cores; crowd: two larger and harder rendered sets; embedded-resnet50: the same pictures at 256x128 and ResNet-50 with ImageNet weights, for a GPU; market: Market-1501 and DukeMTMC-reID")
+    p.add_argument("--crowd", default="crowd", metavar="FOLDER", help="what hcd_render --domain crowd --out FOLDER made, for --world crowd (default: crowd)")
     p.add_argument("--market", default="", metavar="FOLDER", help="Market-1501, for --world market")
     p.add_argument("--duke", default="", metavar="FOLDER", help="a copy of DukeMTMC-reID that you hold already, for --world market; it was withdrawn by its university and is not to be had here")
     p.add_argument("--run", action="store_true", help="make the missing runs; they can be stopped with Ctrl-C and continued with the same command")
@@ -244,6 +245,9 @@ def parser() -> argparse.ArgumentParser:
 def world_of(args): # of parser()
     "The world that was named"
     if args.world == "embedded-resnet50": return resnet50_world()
+    if args.world == "crowd":
+        if not Path(args.crowd, "manifest.csv").is_file(): raise ValueError(f"--crowd {args.crowd} holds no rendered crowd: make it with hcd_render --domain crowd --out {args.crowd}.")
+        return crowd_world(args.crowd)
     if args.world == "market" and not (args.market or args.duke): raise ValueError("--world market needs --market FOLDER, the unpacked Market-1501 (and --duke FOLDER for the tables of both).")
     if args.world == "embedded": return embedded_world()
     for word, folder in (("--market", args.market), ("--duke", args.duke)):

@@ -24,7 +24,7 @@ from .members import compiled
 from .neighbors import cosines_within, evenly
 from .products import Squares, around, host, mean_readings, means_of, neighbourhoods, part_of, square, squares
 from .propagation import Graph, mutual, mutual_neighbours, nearest_lists
-from .ranks import Ranks, first_ranks, look_up, renew
+from .ranks import Ranks, first_ranks, longer, look_up, renew
 from .scale import COSINE, Similarity, calibrate, calibrated, kin_levels, links, readings_of, similarities
 
 # %% ../nbs/16_dynamics.ipynb #610620fe
@@ -178,7 +178,8 @@ def see_ranks(self: ClusterDynamics,
 ) -> Update:
     "What an update sees of reciprocal neighbours"
     k, N = min(self.n_neighbours, len(features)), len(features)
-    if bank.ranks is None or bank.ranks[0].shape != (N, k): bank.ranks = first_ranks(features, k, self.k1, self.k2, self.measured)
+    if bank.ranks is None or bank.ranks.near.shape[1] != k: bank.ranks = first_ranks(features, k, self.k1, self.k2, self.measured)
+    if len(bank.ranks.near) < N: bank.ranks = longer(bank.ranks, N - len(bank.ranks.near))
     bank.ranks = ranks = Ranks(*bank.ranks[:2], bank.ranks[2].to(features.device))
     near, cosine = look_up(features, batch, k)
     renew(ranks, batch, near, cosine, self.k1, self.k2)

@@ -124,6 +124,16 @@ def update_source(self: FeatureBank,
     classes, features = check_indices(classes, features, self.source, 'source class')
     momentum_step(self.source, classes, features, self.momentum)
 
+# %% ../nbs/10_feature_bank.ipynb #10c0d002
+@patch
+def append(self: FeatureBank,
+    features, # (n, d) features of new target images: tensor or array
+) -> None:
+    "Add rows of new target images at the end; raises ValueError for features of another width"
+    features = feature_rows(features, 'features of new images', 0).to(self.rows.device)
+    if features.shape[1] != self.rows.shape[1]: raise ValueError(f'the features have {features.shape[1]} dimensions and the bank {self.rows.shape[1]}: they must be of the same encoder.')
+    self.rows = torch.cat([self.rows, normalize(moderate(features), dim=1).to(self.rows.dtype)])
+
 # %% ../nbs/10_feature_bank.ipynb #fb6e1bdc-2
 @patch
 def state_dict(self: FeatureBank) -> dict[str, torch.Tensor]: # rows, n_source, momentum

@@ -233,6 +233,19 @@ def adopt(self: LabelBank,
     if len(j) != len(p): raise ValueError(f'{len(j)} images take labels and {len(p)} give some: give one for each.')
     for h in range(self.n_levels): self.relabel(h, j, self.labels[h, p])
 
+# %% ../nbs/13_label_bank.ipynb #13c0d002
+@patch
+def append(self: LabelBank,
+    n: int, # how many images, 0 or more
+) -> torch.Tensor: # (n,) int64, the new images
+    "Add images at the end, each alone at every level; all others keep their labels"
+    if n < 0: raise ValueError(f'{n} images cannot be added: give 0 or more.')
+    N = self.n_images
+    self.labels = torch.cat([self.labels, (2*N + torch.arange(n)).expand(self.n_levels, -1)], 1)
+    self.seen = None
+    if self.reach is not None: self.reach = torch.cat([self.reach, torch.ones(len(self.reach), n)], 1)
+    return torch.arange(N, N + n)
+
 # %% ../nbs/13_label_bank.ipynb #cc320ea8
 def dbscan(
     distance: sparse.csr_array, # (N, N) of the pairs that may lie within eps; the others are farther

@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED_AS', 'ALPHAS', 'TABLES', 'METRICS', 'World', 'embedded_wor
            'market_world', 'Planned', 'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1',
            'from_scratch', 'adaptation', 's_table_sweep', 'variants', 'claims', 'runs_of', 'read_record',
            'record_fault', 'find_records', 'unread', 'differences', 'published', 'figures', 'cell_rows', 'long_table',
-           'paired', 'summed_up', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_bars',
+           'paired', 'summed_up', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_dots',
            'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
@@ -391,25 +391,25 @@ def draw_sweep(
     return figure
 
 # %% ../nbs/40_results.ipynb #e75c5250
-def draw_bars(
+def draw_dots(
     long, # of S-Table 1, or of the claims
 ) -> Figure:
-    "mAP of each row, as bars"
+    "mAP of each row: mean and standard deviation over seeds"
     part = long[long["metric"] == "mAP"]
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
     figure, ax = plt.subplots(figsize=(8, .32*len(rows)*len(columns)**.5 + 1), layout="constrained")
     for k, column in enumerate(columns):
         p = part[part["column"] == column].set_index("row").reindex(rows)
         y = [i + (k - (len(columns) - 1)/2)*.8/len(columns) for i in range(len(rows))]
-        ax.barh(y, p["mean"], .75/len(columns), xerr=p["sd"].fillna(0), label=column, error_kw=dict(lw=1))
-    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="mAP, %"); ax.invert_yaxis()
+        ax.errorbar(p["mean"], y, xerr=p["sd"].fillna(0), fmt="o", ms=5, lw=1, label=column)
+    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="mAP, %"); ax.invert_yaxis(); ax.grid(color="#ddd", lw=.6)
     if len(columns) > 1: ax.legend(fontsize=8)
     return figure
 
 # %% ../nbs/40_results.ipynb #94f252a5
 def draw_table(number, long) -> Figure:
     "The figure that belongs to a table"
-    return draw_sweep(long, {"2": r"$\alpha_m$", "3": r"$\alpha_s$"}[number]) if number in ("2", "3") else draw_bars(long)
+    return draw_sweep(long, {"2": r"$\alpha_m$", "3": r"$\alpha_s$"}[number]) if number in ("2", "3") else draw_dots(long)
 
 def write_table(
     number, # a key of TABLES

@@ -178,9 +178,9 @@ def see_ranks(self: ClusterDynamics,
 ) -> Update:
     "What an update sees of reciprocal neighbours"
     k, N = min(self.n_neighbours, len(features)), len(features)
-    if bank.ranks is None or bank.ranks.near.shape[1] != k: bank.ranks = first_ranks(features, k, self.k1, self.k2, self.measured)
-    if len(bank.ranks.near) < N: bank.ranks = longer(bank.ranks, N - len(bank.ranks.near))
+    if bank.ranks is None or bank.ranks[0].shape[1] != k: bank.ranks = first_ranks(features, k, self.k1, self.k2, self.measured)
     bank.ranks = ranks = Ranks(*bank.ranks[:2], bank.ranks[2].to(features.device))
+    if len(ranks.near) < N: bank.ranks = ranks = longer(ranks, N - len(ranks.near))
     near, cosine = look_up(features, batch, k)
     renew(ranks, batch, near, cosine, self.k1, self.k2)
     readings, within = np.repeat(np.float32([[.5], [2]]), N, 1), host(cosines_within(ranks.codes, torch.from_numpy(near)))[0]

@@ -170,7 +170,7 @@ def test_a_broken_checkpoint_is_one_sentence(short_run, tmp_path):
 @pytest.mark.timeout(600)
 def test_labels_that_run_away_stop_the_run_and_it_can_go_on(world, tmp_path):
     """The paper's form on an encoder that knows nothing: all rows are alike, and one cluster swallows the bank."""
-    words = [*TINY, "--target", world/"target", "--weights", "none", "--iterations", 130, "--pretrain", 0, "--set", "dynamics=paper", "--set", "label_start=0", "--set", "evaluate_every=1000"]
+    words = [*TINY, "--target", world/"target", "--weights", "none", "--iterations", 130, "--pretrain", 0, "--set", "dynamics=paper", "--set", "epoch=0", "--set", "label_start=0", "--set", "evaluate_every=1000"]
     code, out, err = hcd_train(*words, "--out", tmp_path/"run")
     said = err.strip().splitlines()[-1]
     assert code == 2 and "one cluster held at least" in said and "--on-collapse continue" in said, err

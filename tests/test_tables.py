@@ -78,5 +78,5 @@ def test_market_world_reads_what_there_is(tmp_path, capsys):
     assert main([*words, "--market", str(tmp_path/"nosuch")]) == 2 and "is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main([*words, "--market", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "left blank: DukeMTMC-reID" in out and "42 runs are missing (time unknown: no record yet)" in out
+    assert "left blank: DukeMTMC-reID" in out and "85 runs are missing (time unknown: no record yet)" in out
     assert "| HCD, the paper's form |" in out and "78.1" in out

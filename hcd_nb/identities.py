@@ -12,12 +12,9 @@ import numpy as np
 import pandas as pd
 
 from .checks import whole_numbers
+from .label_bank import contiguous
 
 # %% ../nbs/28_identities.ipynb #28a0c006
-def _numbered(labels): # (N,) → (N,) clusters 0..C-1 in the order of their first images
-    _, first, cluster = np.unique(labels, return_index=True, return_inverse=True)
-    return first.argsort().argsort()[cluster]
-
 def goes_with(
     before, # (N,) int64, identity of each image, -1 where it has none yet
     cluster, # (N,) int64, 0..C-1 in the order of their first images
@@ -42,13 +39,17 @@ def follow(
     next_id: int = 0, # a number that no identity has had, and none above it
 ) -> Followed:
     "Give today's clusters the identities of yesterday's; raises ValueError for fewer images than before"
-    labels = whole_numbers(labels, "labels").numpy()
+    labels = whole_numbers(labels, "labels")
     before = whole_numbers(before, "before").numpy()
-    if len(before) > len(labels): raise ValueError(f"{len(before)} images had identities, and {len(labels)} have labels: give all images, the old ones first.")
+    if len(before) > len(labels):
+        raise ValueError(f"{len(before)} images had identities, and {len(labels)} have labels: "
+                         "give all images, the old ones first.")
     before = np.concatenate([before, np.full(len(labels) - len(before), -1)])
-    if len(before) and before.max() >= next_id: raise ValueError(f"identity {before.max()} is in use: next_id must be above it, not {next_id}.")
-    cluster = _numbered(labels)
-    place, n = goes_with(before, cluster), int(cluster.max(initial=-1)) + 1
+    if len(before) and before.max() >= next_id:
+        raise ValueError(f"identity {before.max()} is in use: next_id must be above it, not {next_id}.")
+    cluster, n = contiguous(labels)
+    cluster = cluster.numpy()
+    place = goes_with(before, cluster)
     name = np.full(n, -1)
     for k in sorted(place, reverse=True): name[place[k]] = k    # the oldest last
     new = np.flatnonzero(name < 0)
@@ -70,9 +71,11 @@ def what_happened(
     for k, old, n in zip(*moves.tolist(), count.tolist()):
         if k >= next_id and old >= 0 and n > came.get(k, (-1, 0))[1]: came[k] = old, n
     for k, old, n in zip(*moves.tolist(), count.tolist()):
-        if k >= next_id and came.get(k, (-1, 0))[0] in (old, -1): rows.append(("split" if old >= 0 else "new", k, old, n))
+        if k >= next_id and came.get(k, (-1, 0))[0] in (old, -1):
+            rows.append(("split" if old >= 0 else "new", k, old, n))
         elif old == k: continue
         elif old < 0: rows.append(("grown", k, -1, n))
         elif old not in alive: rows.append(("merged", old, k, n))
         else: rows.append(("moved", k, old, n))
-    return pd.DataFrame(rows, columns=["what", "id", "other", "images"]).sort_values(["what", "id", "other"], ignore_index=True)
+    changes = pd.DataFrame(rows, columns=["what", "id", "other", "images"])
+    return changes.sort_values(["what", "id", "other"], ignore_index=True)

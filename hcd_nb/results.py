@@ -6,9 +6,9 @@
 __all__ = ['PUBLISHED_AS', 'ALPHAS', 'TABLES', 'METRICS', 'World', 'embedded_world', 'resnet50_world', 'crowd_world',
            'market_world', 'Planned', 'label', 'start_run', 'adapted_run', 'Cell', 'methods_of', 's_table_1',
            'from_scratch', 'adaptation', 's_table_sweep', 'variants', 'claims', 'runs_of', 'read_record',
-           'record_fault', 'find_records', 'unread', 'differences', 'published', 'figures', 'cell_rows', 'long_table',
-           'paired', 'summed_up', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep', 'draw_dots',
-           'draw_table', 'write_table']
+           'record_fault', 'find_records', 'unread', 'differences', 'on_record', 'published', 'figures', 'cell_rows',
+           'long_table', 'paired', 'summed_up', 'entry', 'wide_table', 'as_markdown', 'as_latex', 'draw_sweep',
+           'draw_dots', 'draw_table', 'write_table']
 
 # %% ../nbs/40_results.ipynb #a70a506a
 import os
@@ -159,15 +159,18 @@ def from_scratch(world) -> list: # of Cell
     return cells
 
 # %% ../nbs/40_results.ipynb #40a0c002
+def _directions(world): # yields target, source, column of a table
+    for target, title in world.titles.items():
+        source = next(k for k in world.domains if k != target)
+        yield target, source, f"{world.titles[source]} → {title}".replace("pedestrians/", "")
+
 def adaptation(world) -> list: # of Cell
     "From each set, with its labels, to the other"
     rows = {"DBSCAN each epoch": ("dbscan", dict(method="dbscan")), "SpCL": ("spcl", dict(method="spcl")), "MMT": ("mmt", dict(method="mmt", **world.slow)),
             "HCD, the paper's form": ("paper", dict(method="hcd", **PAPER_FORM, **world.paper)), "HCD": ("hcd", dict(method="hcd")),
             "supervised": ("oracle", dict(method="oracle"))}
     cells = []
-    for target, title in world.titles.items():
-        source = next(k for k in world.domains if k != target)
-        column = f"{world.titles[source]} → {title}".replace("pedestrians/", "")
+    for target, source, column in _directions(world):
         if world.start: cells.append(Cell("before: trained on the source", column, tuple(start_run(world, target, s) for s in world.seeds), "direct transfer"))
         cells += [Cell(row, column, tuple(adapted_run(world, target, s, name, source, **settings) for s in world.seeds)) for row, (name, settings) in rows.items()]
     return cells
@@ -182,12 +185,11 @@ def s_table_sweep(
     "Adaptation from one set to the other at several propagation strengths"
     name, values = ALPHAS[number]
     cells = []
-    for target, title in world.titles.items():
-        source = next(k for k in world.domains if k != target)
+    for target, source, column in _directions(world):
         for v in values:
             changes = {} if v == .99 else {name: v}
             runs = tuple(adapted_run(world, target, s, "paper", source, changes, method="hcd", **PAPER_FORM, **world.paper) for s in world.sweep_seeds)
-            cells.append(Cell(str(v), f"{world.titles[source]} → {title}".replace("pedestrians/", ""), runs, published=(f"S-Table {number}", str(v), PUBLISHED_AS[target][1])))
+            cells.append(Cell(str(v), column, runs, published=(f"S-Table {number}", str(v), PUBLISHED_AS[target][1])))
     return cells
 
 # %% ../nbs/40_results.ipynb #92a4e792
@@ -279,6 +281,14 @@ def differences(
     had, free = _in_effect(record["config"]), {"source", "target", "weights", "precision", "label_history"} | unread(config)
     return [f"{k}: {printable(had[k])}, planned {v}" for k, v in asdict(config).items() if k in had and k not in free and had[k] != v]
 
+def on_record(
+    run,     # Planned
+    world,   # World
+    records, # dict: name → record
+) -> bool:
+    "Whether there is a record of a run as it is planned"
+    return run.name in records and not differences(records[run.name], world, run)
+
 # %% ../nbs/40_results.ipynb #a869a311
 def published() -> dict: # (table, row, column, metric) → value
     "The paper's numbers"
@@ -301,7 +311,7 @@ def cell_rows(
     known,   # of published()
 ) -> list:   # of dict: row, column, metric, mean, sd, seeds, published, published_for, records
     "A cell's figures, of the records that are those of the plan"
-    used = [r.name for r in cell.runs if r.name in records and not differences(records[r.name], world, r)]
+    used = [r.name for r in cell.runs if on_record(r, world, records)]
     found = pd.DataFrame([figures(records[name], cell.stage) for name in used], columns=METRICS)
     return [dict(row=cell.row, column=cell.column, metric=m, mean=found[m].mean(), sd=found[m].std(), seeds=int(found[m].notna().sum()),
                  published=known.get((*cell.published, m)) if cell.published else None,
@@ -326,11 +336,10 @@ def paired(
 ) -> pd.DataFrame: # column, seed, and the difference of each metric: a row for each pair on record
     "How far one row is ahead of another, seed by seed, in points of a per cent"
     rows, by = [], {(c.row, c.column): c for c in cells}
-    held = lambda r: r.name in records and not differences(records[r.name], world, r)
     for column in dict.fromkeys(c.column for c in cells):
         a, b = by[one, column], by[other, column]
         for x, y in zip(a.runs, b.runs, strict=True):
-            if not (held(x) and held(y)): continue
+            if not (on_record(x, world, records) and on_record(y, world, records)): continue
             ours, theirs = figures(records[x.name], a.stage), figures(records[y.name], b.stage)
             rows.append(dict(column=column, seed=x.settings["seed"], **{m: ours[m] - theirs[m] for m in METRICS if m in ours and m in theirs}))
     return pd.DataFrame(rows, columns=["column", "seed", *METRICS])

@@ -26,7 +26,7 @@ from .data import read_domain
 from .export import writable_folder
 from .files import atomic_write, folder_lock, read_json
 from .hierarchy import draw_s_figure_1, labels_of, page_data, page_of, stacked
-from .results import METRICS, TABLES, as_markdown, crowd_world, differences, embedded_world, find_records, market_world, read_record, resnet50_world, runs_of, wide_table, write_table
+from .results import METRICS, TABLES, as_markdown, crowd_world, differences, embedded_world, find_records, market_world, on_record, read_record, resnet50_world, runs_of, wide_table, write_table
 
 # %% ../nbs/42_tables.ipynb #caccb12a
 def words_of(
@@ -94,7 +94,7 @@ def missing_runs(
 ) -> tuple:  # start runs, other runs: dicts name → Planned; names of sets that the user did not give
     "What has to be run, in the order in which it can be"
     lacking = {k for k, path in world.domains.items() if not path}
-    due = {n: r for n, r in runs_of(cells).items() if r.settings["target"] and r.settings.get("source", "-") and (n not in records or differences(records[n], world, r))}
+    due = {n: r for n, r in runs_of(cells).items() if r.settings["target"] and r.settings.get("source", "-") and not on_record(r, world, records)}
     needed = {r.start.name: r.start for r in due.values() if r.start}
     for r in (*needed.values(), *due.values()): check_place(r, world, folder)
     starts = {n: r for n, r in needed.items() if not (Path(folder)/world.name/n/"encoder.safetensors").exists()} | {n: r for n, r in due.items() if n.startswith("start-")}

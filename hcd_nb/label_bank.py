@@ -243,7 +243,7 @@ def append(self: LabelBank,
     N = self.n_images
     self.labels = torch.cat([self.labels, (2*N + torch.arange(n)).expand(self.n_levels, -1)], 1)
     self.seen = None
-    if self.reach is not None: self.reach = torch.cat([self.reach, torch.ones(len(self.reach), n)], 1)
+    if self.reach is not None: self.reach = torch.cat([self.reach, self.reach.new_ones(len(self.reach), n)], 1)
     return torch.arange(N, N + n)
 
 # %% ../nbs/13_label_bank.ipynb #cc320ea8

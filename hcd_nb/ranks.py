@@ -144,7 +144,7 @@ def longer(
     near = torch.full((n, K), -1, dtype=torch.int32)
     near[:, 0] = torch.arange(N, N + n)
     codes = ranks.codes.new_zeros(n, ranks.codes.shape[1])
-    return Ranks(*(torch.cat(pair) for pair in zip(ranks, (near, torch.ones(n, K), codes))))
+    return Ranks(*(torch.cat(pair) for pair in zip(ranks, (near, ranks.cosine.new_ones(n, K), codes))))
 
 # %% ../nbs/15_ranks.ipynb #c0de1518
 def renew(
@@ -171,8 +171,8 @@ def first_ranks(
 ) -> Ranks:
     "What is known at the beginning"
     N, K = len(features), min(k, len(features))
-    none = Ranks(torch.empty(0, K, dtype=torch.int32), torch.empty(0, K), torch.empty(0, dim, device=features.device))
-    ranks = longer(none, N)
+    none = Ranks(*(torch.empty(0, n, dtype=kind) for n, kind in ((K, torch.int32), (K, torch.float32), (dim, torch.float32))))
+    ranks = longer(none._replace(codes=none.codes.to(features.device)), N)
     near, cosine = ranks.near.numpy(), ranks.cosine.numpy()
     parts = [part for part in np.split(np.arange(N), range(256, N, 256)) if N <= most]
     for part in parts: near[part], cosine[part] = look_up(features, part, k)
